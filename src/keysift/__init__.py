@@ -1,0 +1,18 @@
+"""Long-context LLM inference that reads fewer keys: sparse attention for any Hugging Face decoder."""
+
+from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention
+from keysift.hf import Attachment, KVCache, attach, detach, patch_model
+from keysift.types import Stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "Attachment",
+    "KVCache",
+    "Stats",
+    "attach",
+    "decode_attention",
+    "detach",
+    "flex_prefill_attention",
+    "patch_model",
+    "prefill_attention",
+]

@@ -1,0 +1,191 @@
+"""The methods on plain tensors: no model, no cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keysift.attention import Meter, decode, prefill
+from keysift.cache import Store
+from keysift.methods import flexprefill, parse
+from keysift.types import KV, Ctx
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_LAYER = -1  # tensors belong to no layer: no method's dense_layers name it
+
+
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: Any = "flexprefill",
+    *,
+    scale: float | None = None,
+    layer: int = NO_LAYER,
+    seed: int = 0,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    measure_mass: bool = False,
+    check: bool = False,
+) -> Any:
+    """Causal attention of the last Tq positions, over the key blocks that a method chooses.
+
+    Args:
+        q: queries after rotary embedding, ``[B, Tq, Hq, D]``; float32, bfloat16 or float16; Tq <= Tk.
+        k: keys, ``[B, Tk, Hkv, D]``; Hkv divides Hq, query head h reads head h // (Hq / Hkv).
+        v: values, ``[B, Tk, Hkv, Dv]``.
+        method: SPEC such as "flexprefill:gamma=0.9", or a method object.
+        scale: factor on q.k; default D ** -0.5.
+        layer: decoder layer the tensors come from, for a method's per-layer exceptions; -1 means none.
+        seed: of the method's random draws.
+        return_lse: also return the natural log-sum-exp, float32 ``[B, Tq, Hq]``.
+        return_stats: also return ``Stats``, last: ``density``, and ``mass_covered`` if ``measure_mass``.
+        measure_mass: measure the attention mass on the kept blocks, on one query row of each block (costs dense rows).
+        check: look for NaN and inf in q and k on other devices than the CPU too, where it waits for the device.
+
+    Returns:
+        Output in q's dtype, ``[B, Tq, Hq, Dv]``; with ``return_lse`` or ``return_stats`` a tuple.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, NaN or inf, unknown method.
+    """
+    chosen = parse(method, "prefill")
+    _validate(q, k, v, check)
+    kv, meter = KV.of(k, v), Meter(measure_mass)
+    ctx = Ctx(layer, q.shape[-1] ** -0.5 if scale is None else scale, kv.length - 1, seed)
+    out, lse = prefill(q, kv, chosen, ctx, meter, with_lse=return_lse)
+    return _pack(out, lse, meter, return_stats)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: Any = "magicpig",
+    *,
+    tail_q: Tensor | None = None,
+    scale: float | None = None,
+    layer: int = NO_LAYER,
+    seed: int = 0,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    check: bool = False,
+) -> Any:
+    """Attention of the newest position, over the keys that a method selects.
+
+    Side data (codes, page bounds) is built on every call: this is for studies and tests; ``attach`` keeps it.
+
+    Args:
+        q: the newest query, ``[B, 1, Hq, D]``.
+        k, v: all keys and values, the newest position's included, as in ``prefill_attention``.
+        method: SPEC such as "magicpig:K=10,L=150", or a method object.
+        tail_q: last queries of the prompt, ``[B, W, Hq, D]``, for methods that choose by them (snapkv); default q.
+        scale, layer, seed, return_lse, check: as in ``prefill_attention``.
+        return_stats: also return ``Stats``, last: ``kept_fraction``.
+
+    Returns:
+        Output in q's dtype, ``[B, 1, Hq, Dv]``; with ``return_lse`` or ``return_stats`` a tuple.
+
+    Raises:
+        ValueError: as ``prefill_attention``, and Tq other than 1.
+    """
+    chosen = parse(method, "decode")
+    _validate(q, k, v, check)
+    if q.shape[1] != 1:
+        raise ValueError(f"q has {q.shape[1]} tokens: decode takes 1; use prefill_attention for more")
+    store, meter = Store(), Meter()
+    store.append(k.transpose(1, 2), v.transpose(1, 2))
+    store.end_prefill(q if tail_q is None else tail_q, chosen.tail)
+    ctx = Ctx(layer, q.shape[-1] ** -0.5 if scale is None else scale, store.view().length - 1, seed)
+    out, lse = decode(q[:, 0], store, chosen, ctx, meter, with_lse=return_lse)
+    return _pack(out[:, None], None if lse is None else lse[:, None], meter, return_stats)
+
+
+def flex_prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma: float = 0.95,
+    tau: float = 0.1,
+    min_budget: int | None = 1024,
+    max_budget: int | None = None,
+    gqa_interleave: bool = False,
+    softmax_scale: float | None = None,
+    block_size: int = 128,
+    return_computational_ratio: bool = False,
+    *,
+    mode: str = "default",
+    return_lse: bool = False,
+    return_stats: bool = False,
+    measure_mass: bool = False,
+    check: bool = False,
+) -> Any:
+    """FlexPrefill (arXiv:2502.20766) with its authors' arguments, for any batch, dtype and Tq <= Tk.
+
+    Args:
+        q, k, v: as in ``prefill_attention``.
+        gamma: share of attention mass to cover; 1 means dense.
+        tau: a head is query-aware if its pooled estimate is closer than this; 0 for none.
+        min_budget, max_budget: bounds in tokens on columns and on diagonals.
+        gqa_interleave: query head h reads KV head h % Hkv instead of h // (Hq / Hkv).
+        softmax_scale: factor on q.k; default D ** -0.5.
+        block_size: 16, 32, 64 or 128 tokens.
+        return_computational_ratio: also return the share of the causal triangle that was read (the authors divide by
+            the whole square, so theirs is about half of it).
+        mode: "default", or "seed" for the authors' block sets to the letter.
+        return_lse, return_stats, measure_mass, check: as in ``prefill_attention``.
+
+    Returns:
+        Output in q's dtype, ``[B, Tq, Hq, Dv]``; then lse, ratio and ``Stats``, those asked for.
+    """
+    method = flexprefill.Method(
+        gamma=gamma, tau=tau, min_budget=min_budget, max_budget=max_budget, block=block_size, mode=mode
+    )
+    _validate(q, k, v, check)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    order = torch.arange(heads, device=q.device)
+    if gqa_interleave:
+        order = order.view(heads // kv_heads, kv_heads).T.flatten()
+    kv, meter = KV.of(k, v), Meter(measure_mass)
+    ctx = Ctx(NO_LAYER, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, kv.length - 1)
+    out, lse = prefill(q[:, :, order], kv, method, ctx, meter, with_lse=return_lse)
+    back = order.argsort()
+    extras: list[Any] = [] if lse is None else [lse[:, :, back]]
+    extras += [meter.stats().density] if return_computational_ratio else []
+    extras += [meter.stats()] if return_stats else []
+    return (out[:, :, back], *extras) if extras else out[:, :, back]
+
+
+def _pack(out: Tensor, lse: Tensor | None, meter: Meter, return_stats: bool) -> Any:
+    extras = ([lse] if lse is not None else []) + ([meter.stats()] if return_stats else [])
+    return (out, *extras) if extras else out
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, check: bool) -> None:
+    """Raise ValueError, in one line, for tensors that do not fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        shape = getattr(x, "shape", None)
+        if shape is None or len(shape) != 4:
+            found = type(x).__name__ if shape is None else tuple(shape)
+            raise ValueError(f"{name} is {found}: pass a tensor [batch, tokens, heads, head_dim]")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} is {x.dtype}: pass float32, bfloat16 or float16")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: no dimension may be empty")
+    for what, values in (("dtype", [x.dtype for x in (q, k, v)]), ("device", [x.device for x in (q, k, v)])):
+        if len(set(values)) > 1:
+            raise ValueError(f"q, k, v differ in {what}: {', '.join(map(str, values))}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: batch, tokens and heads must agree")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: batch and head_dim must agree")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} tokens and k only {k.shape[1]}: queries are the last tokens of the keys")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not divisible by {k.shape[2]} key/value heads")
+    if check or q.device.type == "cpu":
+        for name, x in (("q", q), ("k", k)):
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(f"{name} holds NaN or inf")

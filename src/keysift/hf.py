@@ -1,0 +1,448 @@
+"""Any Hugging Face decoder: our attention function, mask function and cache behind transformers' own interfaces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from keysift import attention as path
+from keysift.cache import Store
+from keysift.methods import dense, parse
+from keysift.types import KV, Ctx
+
+NAME = "keysift"
+SHORT_RUN = 16  # outside a prompt, so few queries read all keys: a verification pass, where dense costs little
+DENSE = dense.Method()
+
+
+class Mask(NamedTuple):
+    """What the mask function tells the attention function, once per forward pass and kind of layer.
+
+    Attributes:
+        start, end: valid keys of each sequence among those passed to attention; None means all.
+        window: sliding window in tokens; None means unlimited.
+    """
+
+    start: list[int] | None
+    end: list[int] | None
+    window: int | None
+
+
+class RunStats(NamedTuple):
+    """What the model has read since it was attached, or ``reset_stats``; layers with a window of their own not counted.
+
+    Attributes:
+        prefill_density: share of the causal triangle read in prefill; None before one.
+        kept_fraction: share of the cached keys read in decode; None before a step.
+    """
+
+    prefill_density: float | None
+    kept_fraction: float | None
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Methods at work in a model. As a context manager it detaches at the end."""
+
+    model: PreTrainedModel
+    prefill: Any
+    decode: Any
+    seed: int = 0
+    meter: path.Meter = field(default_factory=path.Meter)
+    in_prompt: bool = False  # transformers is inside its prefill, in however many chunks
+    _undo: list[Callable[[], object]] = field(default_factory=list)
+
+    @property
+    def stats(self) -> RunStats:
+        return RunStats(*self.meter.stats()[:2])
+
+    def reset_stats(self) -> None:
+        self.meter = path.Meter()
+
+    def detach(self) -> None:
+        """Give the model back as it was before, newer attachments undone first. Safe to call twice."""
+        while self._undo and (newest := self.model.__dict__["_keysift"]) is not self:
+            newest.detach()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+
+def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense", *, seed: int = 0) -> Attachment:
+    """Run a model's attention through keysift: ``with attach(model, prefill=SPEC, decode=SPEC): model.generate(...)``.
+
+    Without ``with`` it stays until ``detach``. Attaching again replaces the methods until that attachment is detached.
+
+    Args:
+        model: a Hugging Face decoder; its weights and its code stay as they are.
+        prefill, decode: SPECs such as "flexprefill:gamma=0.95" and "magicpig:K=10,L=150", or method objects.
+        seed: of the methods' random draws.
+
+    Raises:
+        ValueError: unknown method or option, or a model or cache kind that cannot be served correctly; says which.
+    """
+    link = Attachment(model, parse(prefill, "prefill"), parse(decode, "decode"), seed)
+    modules = _attention_modules(model)
+    _refuse_unsupported(model, modules)
+    before = model.config._attn_implementation
+    for holder in (model, *modules):
+        _set(holder, "_keysift", link, link._undo)
+    if hasattr(model, "_prefill"):
+        _set(model, "_prefill", _noting_prompts(vars(model).get("_prefill") or model._prefill, link), link._undo)
+    for module in modules:
+        hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
+        link._undo.append(hook.remove)
+    if before != NAME:
+        model.set_attn_implementation(NAME)
+        link._undo.append(lambda: model.set_attn_implementation(before))
+    return link
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo every ``attach`` of a model; does nothing where there is none."""
+    while (link := model.__dict__.get("_keysift")) is not None:
+        link.detach()
+
+
+PATTERNS = ("default", "flash", "dense", "streaming_llm", "minfer", "vertical_slash", "flex_prefill")
+
+
+def patch_model(
+    model: PreTrainedModel, pattern: str = "flex_prefill", config: dict[str, Any] | None = None
+) -> Attachment:
+    """FlexPrefill's own spelling of ``attach``: its pattern and config names.
+
+    Args:
+        model: a Hugging Face decoder.
+        pattern: default or flash (dense), streaming_llm (global_window, local_window), minfer or vertical_slash
+            (block_size, vertical_size, slash_size), flex_prefill (block_size, flex_prefill_gamma, _tau, _min_budget,
+            _max_budget).
+        config: values for those names, in tokens; missing ones take the authors' defaults.
+
+    Raises:
+        ValueError: unknown pattern or name, bad value, unsupported model.
+    """
+    names: dict[str, dict[str, tuple[str, Any]]] = {
+        "dense": {},
+        "streaming": {"global_window": ("sinks", 1024), "local_window": ("window", 8192)},
+        "minference": {
+            "block_size": ("block", 128),
+            "vertical_size": ("vertical", 1000 if pattern == "minfer" else 8192),
+            "slash_size": ("slash", 6096 if pattern == "minfer" else 8192),
+        },
+        "flexprefill": {
+            "block_size": ("block", 128),
+            "flex_prefill_gamma": ("gamma", 0.9),
+            "flex_prefill_tau": ("tau", 0.1),
+            "flex_prefill_min_budget": ("min_budget", 1024),
+            "flex_prefill_max_budget": ("max_budget", None),
+        },
+    }
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern '{pattern}' unknown: choose {', '.join(PATTERNS)}")
+    method = {"streaming_llm": "streaming", "flex_prefill": "flexprefill"}.get(
+        pattern, "minference" if pattern in ("minfer", "vertical_slash") else "dense"
+    )
+    known = names[method]
+    if unknown := set(config or {}) - set(known):
+        raise ValueError(f"{pattern} has no option '{min(unknown)}': choose {', '.join(known) or 'none'}")
+    values = {ours: (config or {}).get(theirs, default) for theirs, (ours, default) in known.items()}
+    return attach(model, prefill=f"{method}:{','.join(f'{k}={v}' for k, v in values.items())}")
+
+
+class KVLayer(DynamicLayer):
+    """One layer of a cache: a ``Store`` behind transformers' interface."""
+
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Store()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.store.append(key_states, value_states)
+        self._show()
+        assert self.keys is not None and self.values is not None
+        self.keys._keysift_store = self.store  # type: ignore[attr-defined]  # how the attention function finds it
+        return self.keys, self.values
+
+    def _show(self) -> None:
+        self.keys, self.values = self.store.keys, self.store.values
+
+    def get_seq_length(self) -> int:
+        return self.store.length
+
+    def reset(self) -> None:
+        self.store = Store()
+        self.is_initialized = False
+        self._show()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove")
+        self.store.truncate(self.store.length + tokens_to_remove)
+        self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys is not None:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.store.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self._show()
+
+    def offload(self) -> None:
+        raise ValueError("keysift does not support offloaded caches")
+
+    prefetch = offload
+
+
+class KVCache(DynamicCache):
+    """A preallocated cache with the methods' side data; pass it as ``past_key_values`` to keep it between turns.
+
+    Without one, an attached model turns the empty cache that ``generate`` makes into this kind.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)
+        adopt(self)
+
+
+def adopt(cache: Cache) -> None:
+    """Put our layers in the place of a dynamic cache's own, what they hold included.
+
+    Raises:
+        ValueError: static, quantised, offloaded or other caches.
+    """
+    if type(cache) not in (DynamicCache, KVCache) or cache.offloading:
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise ValueError(f"keysift does not support {kind}: pass a DynamicCache or keysift.KVCache, or none")
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = KVLayer
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = ours = KVLayer()
+            if layer.keys is not None and layer.values is not None and layer.get_seq_length():
+                ours.update(layer.keys, layer.values)
+                ours.store.prompt = ours.store.length
+        elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
+            raise ValueError(f"keysift does not support cache layers of type {type(layer).__name__}")
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query ``[B, H, T, D]``; key and value ``[B, K, S, *]``, those of the cache first.
+
+    Returns:
+        Output ``[B, T, H, Dv]``, contiguous, and no attention weights.
+    """
+    _refuse_arguments(module, dropout, kwargs)
+    if not isinstance(attention_mask, Mask):  # a mask of the user's or the model's own: exact, by torch SDPA
+        if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
+            raise ValueError(f"{type(module).__name__} passes no mask to keysift: this model is not supported")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    link: Attachment | None = module.__dict__.get("_keysift")
+    store: Store | None = getattr(key, "_keysift_store", None)
+    q, scale = query.transpose(1, 2), query.shape[-1] ** -0.5 if scaling is None else scaling
+    kv = _view(key, value, attention_mask, store)
+    ctx = Ctx(getattr(module, "layer_idx", 0), scale, kv.length - 1, link.seed if link else 0)
+    if link is None or attention_mask.window is not None:
+        out = _prefill(q, kv, DENSE, ctx, path.Meter(), attention_mask)
+    elif q.shape[1] == 1 and kv.k.shape[1] > 1 and not link.in_prompt:
+        if store is None:
+            raise ValueError(f"{type(module).__name__} changes keys after the cache: not supported with decode methods")
+        out = path.decode(q[:, 0], store, link.decode, ctx, link.meter)[0][:, None]
+    else:
+        past = key.shape[2] - query.shape[2]
+        verifying = past > 0 and not link.in_prompt and q.shape[1] <= SHORT_RUN
+        out = _prefill(q, kv, DENSE if verifying else link.prefill, ctx, link.meter, attention_mask)
+        if store is not None and not verifying:
+            store.end_prefill(q, link.decode.tail)
+    return out.contiguous(), None
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Mask | Tensor | None:
+    """What transformers calls to make a mask; causal and sliding-window ones need no tensor, any other becomes one."""
+    plain = mask_function is causal_mask_function
+    if not plain and not _is_sliding_window(mask_function):
+        kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            **kwargs,
+        )
+    window = None if plain else local_size
+    valid = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool().cpu()
+    if valid is None or bool(valid.all()) and valid.shape[1] == kv_length:
+        return Mask(None, None, window)
+    count = valid.sum(1)
+    start = torch.where(count > 0, valid.int().argmax(1), kv_length)
+    end = start + count
+    for b in range(batch_size):
+        fresh = q_offset == 0 and q_length == kv_length
+        if not bool(valid[b, start[b] : end[b]].all()) or count[b] and end[b] < kv_length and not fresh:
+            raise ValueError(f"the attention mask of sequence {b} has a hole between its tokens: pad on the left")
+    return Mask(start.tolist(), end.tolist(), window)
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)
+
+
+def _prefill(q: Tensor, kv: KV, method: Any, ctx: Ctx, meter: path.Meter, mask: Mask) -> Tensor:
+    """``attention.prefill``; sequences padded on the right are cut out first, each with queries of its own."""
+    spans = list(zip(mask.start or (), mask.end or (), strict=True))
+    if all(s >= e or e == kv.k.shape[1] for s, e in spans):
+        return path.prefill(q, kv, method, ctx, meter, window=mask.window)[0]
+    out = q.new_zeros(*q.shape[:3], kv.v.shape[-1])
+    for b, (s, e) in enumerate(spans):
+        if s < e:
+            one = ctx._replace(positions=ctx.positions[b : b + 1])
+            out[b, s:e] = path.prefill(q[b : b + 1, s:e], kv.only(b), method, one, meter, window=mask.window)[0][0]
+    return out
+
+
+def _view(key: Tensor, value: Tensor, mask: Mask, store: Store | None) -> KV:
+    """The valid keys and values; the store is told where its sequences start."""
+    kv = KV.of(key.transpose(1, 2), value.transpose(1, 2))
+    if mask.start is not None and mask.end is not None:
+        start, end = (torch.tensor(x, device=key.device) for x in (mask.start, mask.end))
+        kv = kv._replace(start=start, length=end - start)
+    if store is not None:
+        store.start = kv.start
+    return kv
+
+
+def _is_sliding_window(function: Callable[..., Any]) -> bool:
+    """Whether a mask function is transformers' causal sliding window and nothing more."""
+    cells = getattr(function, "__closure__", None) or ()
+    parts: Any = cells[0].cell_contents if len(cells) == 1 else None
+    return (
+        isinstance(parts, tuple)
+        and len(parts) == 2
+        and parts[1] is causal_mask_function
+        and getattr(parts[0], "__qualname__", "").startswith("sliding_window_overlay.")
+        and function.__qualname__.startswith("and_masks.")
+    )
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not a transformers model: pass what AutoModelForCausalLM loads")
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+
+
+def _refuse_unsupported(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Raise ValueError for the first reason why a model's attention would not be computed right."""
+    config = model.config.get_text_config(decoder=True)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    generation = getattr(model, "generation_config", None)
+    cache_kind = getattr(generation, "cache_implementation", None)
+    reasons = {
+        "it is an encoder-decoder": model.config.is_encoder_decoder,
+        "it does not call attention through transformers' interface": not model._can_set_attn_implementation(),
+        "it has no attention layers that keysift knows": not modules,
+        "it is an encoder": modules and not any(m.is_causal for m in modules),
+        "it caps attention scores (softcap)": getattr(config, "attn_logit_softcapping", None) is not None,
+        "it has attention sinks as parameters": any(hasattr(m, "sinks") for m in modules),
+        "it adds position biases (alibi)": getattr(config, "alibi", False),
+        "it shares keys between layers": getattr(config, "kv_sharing_modes", None)
+        or getattr(config, "num_kv_shared_layers", None),
+        f"it has layers of type {', '.join(sorted(layer_types - LAYER_TYPES))}": layer_types - LAYER_TYPES,
+        f"its generation config asks for a {cache_kind} cache": cache_kind not in (None, "dynamic"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{type(model).__name__} is not supported: {reason}")
+
+
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def _refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} passes {name}: keysift does not support it")
+    if kwargs.get("output_attentions"):
+        raise ValueError("keysift computes no attention weights: leave output_attentions out, or use eager attention")
+    if dropout:
+        raise ValueError("keysift is for inference: call model.eval(), which turns attention dropout off")
+
+
+def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        adopt(cache)
+
+
+def _noting_prompts(prefill: Callable[..., Any], link: Attachment) -> Callable[..., Any]:
+    """``model._prefill``, noting while it runs that the tokens are prompt: a chunk may be a single token."""
+
+    @functools.wraps(prefill)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        link.in_prompt = True
+        try:
+            return prefill(*args, **kwargs)
+        finally:
+            link.in_prompt = False
+
+    return noting
+
+
+def _set(holder: Any, name: str, value: Any, undo: list[Callable[[], object]]) -> None:
+    """Set an attribute on one object, past nn.Module's bookkeeping, and note how to undo it."""
+    before = holder.__dict__.get(name)
+    holder.__dict__[name] = value
+    undo.append(lambda: holder.__dict__.pop(name) if before is None else holder.__dict__.__setitem__(name, before))

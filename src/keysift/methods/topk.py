@@ -1,0 +1,35 @@
+"""The keys with the highest scores, found exactly: what selection without sampling could reach at best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
+from keysift.ops.heads import group
+from keysift.ops.select import top_k
+from keysift.types import KV, Ctx, Selection
+
+
+def exact_scores(q_BHD: Tensor, kv: KV, scale: float) -> Tensor:
+    """q.k * scale for every row of the buffer, fp32 ``[B, H, S]``; -inf outside the view."""
+    q = group(q_BHD.float(), kv.k.shape[2], 1)
+    score = torch.einsum("bkgd,bskd->bkgs", q, kv.k.float()).flatten(1, 2) * scale
+    return score.masked_fill(~kv.contains()[:, None], -torch.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Method(BudgetedDecode):
+    """TopK: the highest q.k of each query head, by reading all keys first; for studies."""
+
+    paper: ClassVar[str] = "arXiv:2410.16179"
+
+    dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
+
+    def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection | None:
+        if self.reads_all(kv.length):
+            return None
+        return Selection.of(top_k(exact_scores(q_BHD, kv, ctx.scale), self.count(kv.length)[:, None]))

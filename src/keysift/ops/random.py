@@ -1,0 +1,35 @@
+"""Counter-based random numbers: a draw is a pure function of its address, the same on every device and in any batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers that scatters every input bit (two rounds of multiply and xor-shift)."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+def uniform(*address: Tensor | int) -> Tensor:
+    """Uniform draws in (0, 1), fp32, one for each broadcast element of the address (integers of any size)."""
+    tensors = [a if isinstance(a, Tensor) else torch.tensor(a) for a in address]
+    device = next((t.device for t in tensors if t.dim()), torch.device("cpu"))
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for word in tensors:
+        word = word.to(device, torch.int64)
+        state = _mix((state + (word & _MASK) + 0x9E3779B9) & _MASK)
+        state = _mix(state ^ ((word >> 32) & _MASK))
+    return ((state >> 8).float() + 0.5) * 2.0**-24
+
+
+def normal(*address: Tensor | int) -> Tensor:
+    """Standard normal draws, fp32 (Box-Muller)."""
+    radius = (-2 * uniform(*address, 0).double().log()).sqrt()
+    return (radius * (2 * math.pi * uniform(*address, 1).double()).cos()).float()

@@ -1,0 +1,54 @@
+"""How the attention of the last queries spreads over key columns (vertical) and over diagonals (slash), in blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keysift.ops.heads import group
+
+
+def last_queries_attention(q_BRHD: Tensor, k_BNKD: Tensor, scale: float) -> Tensor:
+    """Exact causal attention weights of the last R positions over all keys, fp32 ``[B, H, R, N]``."""
+    rows, keys = q_BRHD.shape[1], k_BNKD.shape[1]
+    q = group(q_BRHD.float(), k_BNKD.shape[2], 2)
+    score = torch.einsum("brkgd,bnkd->bkgrn", q, k_BNKD.float()).flatten(1, 2) * scale
+    position = torch.arange(keys - rows, keys, device=score.device)
+    return score.masked_fill(torch.arange(keys, device=score.device) > position[:, None], -torch.inf).softmax(-1)
+
+
+def vertical_slash_mass(q_BRHD: Tensor, k_BNKD: Tensor, scale: float, block: int) -> tuple[Tensor, Tensor]:
+    """Attention mass of the last R queries by key block, and by block diagonal (query block - key block).
+
+    A diagonal of tokens that runs through two blocks gives each its share, so that no part of a band is lost
+    (FlexPrefill, arXiv:2502.20766, sums token diagonals and keeps only one of the two).
+
+    Returns:
+        vertical and slash mass, fp32 ``[B, H, C]`` each; both sum to 1.
+    """
+    rows, keys = q_BRHD.shape[1], k_BNKD.shape[1]
+    blocks = -(-keys // block)
+    weight = last_queries_attention(q_BRHD, k_BNKD, scale)
+    by_block = F.pad(weight, (0, blocks * block - keys)).unflatten(-1, (blocks, block)).sum(-1) / rows
+    query_block = torch.arange(keys - rows, keys, device=weight.device) // block
+    diagonal = query_block[:, None] - torch.arange(blocks, device=weight.device)  # negative only where the mass is 0
+    slash = torch.zeros_like(by_block[:, :, 0])
+    slash.scatter_add_(-1, diagonal.clamp(min=0).expand_as(by_block).flatten(2), by_block.flatten(2))
+    return by_block.sum(2), slash
+
+
+def vertical_slash_blocks(vertical: Tensor, slash: Tensor, blocks: range) -> Tensor:
+    """Active blocks of the query blocks at positions ``blocks``: chosen columns and chosen diagonals.
+
+    Args:
+        vertical: chosen key blocks, bool ``[B, H, C]``.
+        slash: chosen block diagonals, bool ``[B, H, C]``.
+
+    Returns:
+        bool ``[B, H, len(blocks), C]``, nothing after the diagonal.
+    """
+    query = torch.arange(blocks.start, blocks.stop, device=vertical.device)[:, None]
+    behind = query - torch.arange(vertical.shape[-1], device=vertical.device)
+    on_slash = slash[..., behind.clamp(min=0)]
+    return (vertical[:, :, None] | on_slash) & (behind >= 0)

@@ -1,0 +1,254 @@
+"""The nouns that every other room speaks in.
+
+Shape letters, used as suffixes where shapes matter:
+B sequences, T query tokens, S rows of a key buffer, H query heads, K key/value heads, G = H / K query heads a KV head,
+D head dim, N keys of a view, R rows of a selection, Q query blocks of a mask, C key blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class KV(NamedTuple):
+    """A view of cached keys and values: rows ``start[b] .. start[b] + length[b] - 1`` of sequence ``b``.
+
+    Attributes:
+        k: keys, rotated, ``[B, S, K, D]``; any strides, any float dtype.
+        v: values, ``[B, S, K, Dv]``.
+        start: first row of the view, int64 ``[B]``.
+        length: rows in the view, int64 ``[B]``; may be 0.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    length: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> KV:
+        """All rows of ``k`` and ``v``."""
+        batch, rows = k.shape[:2]
+        return cls(k, v, k.new_zeros(batch, dtype=torch.int64), torch.full((batch,), rows, device=k.device))
+
+    @property
+    def end(self) -> Tensor:
+        """One past the last row of the view, int64 ``[B]``."""
+        return self.start + self.length
+
+    def between(self, start: Tensor, end: Tensor) -> KV:
+        """The rows of this view that lie in ``start .. end - 1`` (buffer rows, int64 ``[B]``)."""
+        start = torch.maximum(self.start, start)
+        return self._replace(start=start, length=(torch.minimum(self.end, end) - start).clamp(min=0))
+
+    def contains(self) -> Tensor:
+        """Which buffer rows belong to the view, bool ``[B, S]``."""
+        rows = torch.arange(self.k.shape[1], device=self.k.device)
+        return (rows >= self.start[:, None]) & (rows < self.end[:, None])
+
+    def only(self, b: int) -> KV:
+        """Sequence ``b`` alone, cut to its view: what a batch of one would hold."""
+        rows = slice(int(self.start[b]), int(self.end[b]))
+        return KV.of(self.k[b : b + 1, rows], self.v[b : b + 1, rows])
+
+
+class Ctx(NamedTuple):
+    """What a method may know besides tensors.
+
+    Attributes:
+        layer: index of the decoder layer.
+        scale: what q.k is multiplied with before the softmax.
+        positions: position of the newest query of each sequence, counted from its first token, int64 ``[B]``.
+        seed: with layer, head and position it determines every random draw, so that batching does not change one.
+    """
+
+    layer: int
+    scale: float
+    positions: Tensor
+    seed: int = 0
+
+
+class BlockMask(NamedTuple):
+    """Key blocks that each query block reads, per query head; key blocks count from the first row of the view.
+
+    Two lists: blocks that hold keys later than some of the queries (the diagonal) need a token mask, the others none.
+
+    Attributes:
+        partial_count, full_count: entries in use, int32 ``[B, H, Q]``.
+        partial_index, full_index: key blocks in ascending order, int32 ``[B, H, Q, *]``; unused
+            entries are 0.
+        block: tokens a block.
+        first: block position of query block 0; query and key blocks are aligned, so block ``i`` holds positions
+            ``i * block .. (i + 1) * block - 1`` on both sides.
+    """
+
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+    block: int
+    first: int
+
+    @classmethod
+    def of(cls, active: Tensor, block: int, first: int) -> BlockMask:
+        """Lists of the active blocks of ``active`` (bool ``[B, H, Q, C]``); blocks after the diagonal are dropped."""
+        diagonal = torch.arange(first, first + active.shape[2], device=active.device)[:, None]
+        column = torch.arange(active.shape[3], device=active.device)
+        full_count, full_index = _compact(active & (column < diagonal))
+        partial_count, partial_index = _compact(active & (column == diagonal))
+        return cls(partial_count.int(), partial_index.int(), full_count.int(), full_index.int(), block, first)
+
+    def active(self, num_blocks: int) -> Tensor:
+        """The set as bool ``[B, H, Q, num_blocks]``."""
+        out = torch.zeros(*self.full_count.shape, num_blocks + 1, dtype=torch.bool, device=self.full_count.device)
+        for count, index in ((self.full_count, self.full_index), (self.partial_count, self.partial_index)):
+            slot = torch.arange(index.shape[-1], device=index.device)
+            out.scatter_(-1, index.long().masked_fill(slot >= count[..., None], num_blocks), True)
+        return out[..., :num_blocks]
+
+    def rows(self) -> range:
+        """Positions of the query tokens that the mask speaks of (the last block may reach past the last token)."""
+        return range(self.first * self.block, (self.first + self.full_count.shape[2]) * self.block)
+
+
+def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and ascending indices of the true entries of the last dimension, int64; unused entries are 0."""
+    count = chosen.sum(-1)
+    index = torch.zeros(*chosen.shape[:-1], int(count.max()) if count.numel() else 0, dtype=torch.int64)
+    index = index.to(chosen.device)
+    *where, column = chosen.nonzero(as_tuple=True)
+    index[(*where, (chosen.cumsum(-1) - 1)[chosen])] = column
+    return count, index
+
+
+@runtime_checkable
+class Law(Protocol):
+    """Importance weights as a function of the query and the rows that were selected."""
+
+    def log_w(self, q_BHD: Tensor, k_BHRD: Tensor) -> Tensor:
+        """Log importance weight of each row, fp32 ``[B, H, R]``."""
+        ...
+
+
+class Selection(NamedTuple):
+    """Rows that a decode step reads.
+
+    Attributes:
+        rows: buffer rows, int64 ``[B, K, R]`` (one selection a KV head) or ``[B, H, R]`` (one a query head).
+        count: entries in use, int64, rows without their last dimension; a row appears at most once.
+        log_w: log importance weight of each row, 1 / inclusion probability, fp32 like ``rows``; draws with replacement
+            are merged into one row with their multiplicity. None means weight 1; a Law computes it from q and k.
+    """
+
+    rows: Tensor
+    count: Tensor  # type: ignore[assignment]  # the field's own word, though tuple has a method of that name
+    log_w: Tensor | Law | None = None
+
+    @classmethod
+    def of(cls, chosen: Tensor, log_w: Tensor | Law | None = None) -> Selection:
+        """The true rows of ``chosen`` (bool ``[B, K or H, S]``), ascending; a ``log_w`` tensor is shaped like it."""
+        count, rows = _compact(chosen)
+        return cls(rows, count, log_w.gather(-1, rows) if isinstance(log_w, Tensor) else log_w)
+
+    def in_use(self) -> Tensor:
+        """Which entries of ``rows`` count, bool like ``rows``."""
+        return torch.arange(self.rows.shape[-1], device=self.rows.device) < self.count[..., None]
+
+
+class Partial(NamedTuple):
+    """Attention over part of the keys: ``exp(lse) * out`` and ``exp(lse)`` add up over disjoint parts.
+
+    Attributes:
+        out: normalised output, fp32 ``[B, T, H, Dv]``; zero where there was no key.
+        lse: natural log of the sum of weights, fp32 ``[B, T, H]``; -inf where there was no key.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class Method(Protocol):
+    """What every method has: it is a frozen dataclass, and its config is the method."""
+
+    paper: ClassVar[str]
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]: ...
+
+
+class Prefill(Method, Protocol):
+    """Chooses key blocks for the query blocks of a prompt.
+
+    ``plan`` sees a batch whose sequences have one length (ragged batches arrive one by one) and may return None for
+    dense. ``mask`` then gives the blocks for some of the query blocks, so that lists never exist for a whole 1M prompt.
+    """
+
+    @property
+    def block(self) -> int: ...
+
+    def plan(self, q_BTHD: Tensor, kv: KV, ctx: Ctx) -> Any | None:
+        """What ``mask`` needs, from the queries (the last T positions) and all keys; None means dense."""
+        ...
+
+    def mask(self, plan: Any, blocks: range) -> BlockMask:
+        """The key blocks of the query blocks at positions ``blocks``."""
+        ...
+
+
+class Decode(Method, Protocol):
+    """Chooses the keys that one new query reads.
+
+    ``sinks`` first and ``window`` last keys are read exactly by everyone; a method sees and chooses from the middle. If
+    ``grows`` is False the middle ends where it ended when the index was built, and all later keys are read exactly.
+    """
+
+    @property
+    def sinks(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def tail(self) -> int: ...
+
+    @property
+    def grows(self) -> bool: ...
+
+    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Any | None:
+        """Side data about the middle after prefill, a NamedTuple of tensors with the batch first; ``tail_q`` holds the
+        last ``tail`` queries of the prompt."""
+        ...
+
+    def append(self, index: Any, kv: KV, done: Tensor, ctx: Ctx) -> Any | None:
+        """Side data for a middle that has grown: what the index says of buffer rows before ``done`` (int64 ``[B]``)
+        still holds."""
+        ...
+
+    def select(self, q_BHD: Tensor, kv: KV, index: Any, ctx: Ctx) -> Selection | None:
+        """The rows of the middle to read; None means all of them."""
+        ...
+
+
+class Stats(NamedTuple):
+    """What a run read. None where it does not apply or was not asked for.
+
+    Attributes:
+        density: share of the causal triangle's (query, key) pairs that prefill read, over tokens, heads, layers.
+        kept_fraction: share of the cached keys that decode read, over steps, heads, layers.
+        mass_covered: attention mass that fell on the keys read, mean over a sample of query rows.
+    """
+
+    density: float | None = None
+    kept_fraction: float | None = None
+    mass_covered: float | None = None
+
+
+def one_of(what: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    options = list(choices)
+    if value not in options:
+        raise ValueError(f"{what}={value}: choose {', '.join(map(str, options[:-1]))} or {options[-1]}")
