@@ -367,7 +367,7 @@ def _view(key: Tensor, value: Tensor, mask: Mask, store: Store | None) -> KV:
 
 def _is_sliding_window(function: Callable[..., Any]) -> bool:
     """Whether a mask function is transformers' causal sliding window and nothing more."""
-    cells = getattr(function, "__closure__", None) or ()
+    cells: tuple[Any, ...] = getattr(function, "__closure__", None) or ()
     parts: Any = cells[0].cell_contents if len(cells) == 1 else None
     return (
         isinstance(parts, tuple)
@@ -427,7 +427,7 @@ def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         adopt(cache)
 
 
-def _noting_prompts(prefill: Callable[..., Any], link: Attachment) -> Callable[..., Any]:
+def _noting_prompts(prefill: Any, link: Attachment) -> Callable[..., Any]:
     """``model._prefill``, noting while it runs that the tokens are prompt: a chunk may be a single token."""
 
     @functools.wraps(prefill)

@@ -34,7 +34,7 @@ def gather_attention_reference(q_BHD: Tensor, kv: KV, selection: Selection, scal
     used = per_query_head(selection.in_use(), heads, 1)
     b = torch.arange(batch, device=rows.device)[:, None, None]
     kv_head = (torch.arange(heads, device=rows.device) // (heads // kv.k.shape[2]))[:, None]
-    k_BHRD, v_BHRD = kv.k[b, rows, kv_head].float(), kv.v[b, rows, kv_head].float()
+    k_BHRD, v_BHRD = (x[b, rows, kv_head].float().masked_fill(~used[..., None], 0) for x in (kv.k, kv.v))
     z = torch.einsum("bhd,bhrd->bhr", q_BHD.float(), k_BHRD) * scale
     if isinstance(selection.log_w, Tensor):
         z = z + per_query_head(selection.log_w, heads, 1)

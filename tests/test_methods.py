@@ -1,0 +1,456 @@
+"""What every method must keep, whoever wrote it: each file in methods/ is found and checked."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import keysift
+from keysift import methods
+from keysift.attention import Meter, decode, prefill
+from keysift.cache import Store
+from keysift.methods.base import PrefillMethod
+from keysift.types import KV, Ctx, Selection
+from tests.helpers import close, oracle, structured_qkv
+
+CATALOG = methods.catalog()
+EVERYTHING = {  # a SPEC for each prefill and decode method whose budget is all keys
+    "prefill": {
+        "dense": "dense",
+        "streaming": "streaming:window=100000",
+        "flexprefill": "flexprefill:gamma=1",
+        "minference": "minference:vertical=100000,slash=100000",
+        "xattention": "xattention:threshold=1",
+        "flashprefill": "flashprefill:alpha=0",
+    },
+    "decode": {
+        "dense": "dense",
+        "streaming": "streaming:window=100000",
+        "magicpig": "magicpig:K=0",
+        "quest": "quest:keep=1",
+        "topk": "topk:keep=1",
+        "oracle": "oracle:keep=1",
+        "snapkv": "snapkv:budget=100000",
+    },
+}
+SPARSE = {  # a SPEC that reads part of a prompt of a few hundred tokens
+    "prefill": {
+        "streaming": "streaming:sinks=5,window=50,block=16",
+        "flexprefill": "flexprefill:gamma=0.7,min_budget=16,block=16",
+        "minference": "minference:vertical=48,slash=64,block=16,last_q=20",
+        "xattention": "xattention:threshold=0.6,block=16",
+        "flashprefill": "flashprefill:alpha=0.3,sink_blocks=1,window_blocks=1,block=16,last_rows=1",
+    },
+    "decode": {
+        "streaming": "streaming:sinks=5,window=50",
+        "magicpig": "magicpig:K=4,L=12,window=16",
+        "quest": "quest:keep=0.2,page=8,window=16",
+        "topk": "topk:keep=0.1,window=16",
+        "oracle": "oracle:keep=0.1,window=16",
+        "snapkv": "snapkv:budget=60,window=16",
+    },
+}
+SAMPLING = ("magicpig", "oracle")  # methods whose rows are random draws with known probabilities
+WHOLE_PROMPT = {  # prefill methods whose choice for a query depends on later queries, with the reason
+    "flexprefill": "the last block of the queries at hand shows the pattern",
+    "minference": "the last queries at hand show the pattern",
+    "flashprefill": "the last query blocks at hand are dense",
+}
+
+
+def named(role, table=None):
+    return [name for name, cls in CATALOG.items() if role in methods.roles(cls) and (table is None or name in table)]
+
+
+def sparse(role, name):
+    return methods.parse(SPARSE[role][name], role)
+
+
+def context(kv, seed=0, layer=-1):
+    return Ctx(layer, kv.k.shape[-1] ** -0.5, kv.end - 1, seed)
+
+
+def token_mask(method, q, kv):
+    """What ``method`` lets each query read, bool [B, H, Tq, Tk]; None for dense."""
+    plan = method.plan(q, kv, context(kv))
+    if plan is None:
+        return None
+    keys, tokens = kv.k.shape[1], q.shape[1]
+    first, blocks = (keys - tokens) // method.block, math.ceil(keys / method.block)
+    active = method.mask(plan, range(first, blocks)).active(blocks)
+    at = torch.arange(keys)
+    return active[:, :, at[keys - tokens :] // method.block - first][..., at // method.block]
+
+
+def filled(k, v, tail_q=None, start=None):
+    """A store that holds a prompt."""
+    store = Store()
+    store.append(k.transpose(1, 2), v.transpose(1, 2))
+    if start is not None:
+        store.start = torch.tensor(start)
+    if tail_q is not None:
+        store.end_prefill(tail_q, tail_q.shape[1])
+    return store
+
+
+def rows_read(method, q, store, seed=0):
+    """The middle and the selection of one decode step, as log weight per row: -inf where not selected, [B, H, S]."""
+    middle = store.middle(method)
+    ctx = context(store.view(), seed)
+    selection = method.select(q, middle, store.index(method, middle, ctx), ctx)
+    assert selection is not None, "nothing is left out: not the sparse regime"
+    return middle, selection, weights(selection, q, store.view())
+
+
+def weights(selection: Selection, q, kv):
+    heads = q.shape[1]
+    rows = selection.rows.repeat_interleave(heads // selection.rows.shape[1], 1)
+    used = selection.in_use().repeat_interleave(heads // selection.rows.shape[1], 1)
+    if selection.log_w is None:
+        log_w = torch.zeros(rows.shape)
+    elif isinstance(selection.log_w, torch.Tensor):
+        log_w = selection.log_w
+    else:
+        b = torch.arange(len(q))[:, None, None]
+        group = torch.arange(heads)[:, None] // (heads // kv.k.shape[2])
+        log_w = selection.log_w.log_w(q, kv.k[b, rows, group].float())
+    out = torch.full((*rows.shape[:2], kv.k.shape[1] + 1), -math.inf)
+    return out.scatter_(-1, rows.masked_fill(~used, kv.k.shape[1]), log_w)[..., :-1]
+
+
+def test_every_method_is_checked_here():
+    assert set(named("prefill")) == set(EVERYTHING["prefill"])
+    assert set(named("decode")) == set(EVERYTHING["decode"])
+    assert set(named("prefill")) == set(SPARSE["prefill"]) | {"dense"}
+    assert set(named("decode")) == set(SPARSE["decode"]) | {"dense"}
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_method_cites_its_source_and_explains_its_options(name):
+    cls = CATALOG[name]
+    assert cls.paper.startswith("arXiv:")
+    assert cls.__doc__.strip()
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen
+    for option in dataclasses.fields(cls):
+        assert option.metadata["doc"], option.name
+    assert methods.parse(methods.describe(cls()), methods.roles(cls)[0]) == cls()
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 100, 1025])
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("name", named("prefill"))
+def test_full_budget_prefill_equals_dense(name, tokens, group):
+    q, k, v = structured_qkv(tokens, heads=2 * group, batch=1, dim=16)
+    out, stats = keysift.prefill_attention(q, k, v, EVERYTHING["prefill"][name], return_stats=True)
+    assert close(out, oracle(q, k, v)[0])
+    assert stats.density == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 100, 1025])
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("name", named("decode"))
+def test_full_budget_decode_equals_dense(name, tokens, group):
+    q, k, v = structured_qkv(tokens, heads=2 * group, batch=2, dim=16)
+    out, stats = keysift.decode_attention(q[:, -1:], k, v, EVERYTHING["decode"][name], return_stats=True)
+    assert close(out, oracle(q[:, -1:], k, v)[0])
+    assert stats.kept_fraction == 1
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(403, 403), (130, 403)])
+@pytest.mark.parametrize("name", named("prefill", SPARSE["prefill"]))
+def test_sparse_prefill_equals_the_masked_dense_oracle(name, tokens, keys):
+    q, k, v = structured_qkv(keys, heads=8)
+    q, method = q[:, -tokens:], sparse("prefill", name)
+    seen = token_mask(method, q, KV.of(k, v))
+    assert seen is not None
+    expected, lse = oracle(q, k, v, seen)
+    out, got_lse, stats = keysift.prefill_attention(
+        q, k, v, method, return_lse=True, return_stats=True, measure_mass=True
+    )
+    assert close(out, expected)
+    assert close(got_lse, lse)
+    causal = torch.ones(tokens, keys).tril(keys - tokens).bool()
+    assert stats.density == pytest.approx(float((seen & causal).sum() / (causal.sum() * 8)), rel=1e-6)
+    assert 0.02 < stats.density < 0.95
+    assert stats.density < stats.mass_covered <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", named("prefill", SPARSE["prefill"]))
+def test_every_query_reads_its_own_block_and_the_first(name):
+    q, k, v = structured_qkv(403, heads=8)
+    seen = token_mask(sparse("prefill", name), q, KV.of(k, v))
+    assert seen[:, :, range(403), range(403)].all()
+    assert seen[..., 0].all()
+
+
+@pytest.mark.parametrize("name", named("decode", SPARSE["decode"]))
+def test_sparse_decode_equals_the_weighted_oracle(name):
+    q, k, v = structured_qkv(403, heads=8, batch=2)
+    method, one = sparse("decode", name), q[:, -1]
+    store = filled(k, v, q[:, -20:])
+    middle, _, log_w = rows_read(method, one, store)
+    inside = middle.contains()[:, None]
+    score = torch.einsum("bhd,bshd->bhs", one.double(), k.double().repeat_interleave(4, 2)) * 32**-0.5
+    rows = k.shape[1]
+    score = score + torch.where(inside[..., :rows], log_w[..., :rows], 0)
+    expected = torch.einsum("bhs,bshe->bhe", score.softmax(-1), v.double().repeat_interleave(4, 2))
+    meter = Meter()
+    out, lse = decode(one, store, method, context(store.view()), meter, with_lse=True)
+    assert close(out, expected)
+    assert close(lse, score.logsumexp(-1))
+    assert 0.01 < meter.stats().kept_fraction < 0.9
+    read = (~inside[..., :rows] | (log_w[..., :rows] > -math.inf)).sum()
+    assert meter.stats().kept_fraction == pytest.approx(float(read / (2 * 8 * 403)))
+
+
+@pytest.mark.parametrize("name", named("decode", SPARSE["decode"]))
+def test_selected_rows_are_unique_in_the_middle_and_never_a_neighbours(name):
+    """A ragged batch in a poisoned buffer: rows come from each sequence's own middle, each at most once."""
+    q, k, v = structured_qkv(403, heads=8, batch=3)
+    starts = [0, 150, 395]  # the last sequence has no middle
+    for b, start in enumerate(starts):
+        k[b, :start] = v[b, :start] = math.nan
+    store, method = filled(k, v, q[:, -20:], starts), sparse("decode", name)
+    middle, selection, log_w = rows_read(method, q[:, -1], store)
+    for b in range(3):
+        for h in range(selection.rows.shape[1]):
+            rows = selection.rows[b, h, : selection.count[b, h]].tolist()
+            assert len(set(rows)) == len(rows)
+            assert all(int(middle.start[b]) <= r < int(middle.end[b]) for r in rows)
+    assert not torch.isnan(log_w).any()
+    assert not selection.count[2].any()
+    out = decode(q[:, -1], store, method, context(store.view()), Meter())[0]
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", named("decode", SPARSE["decode"]))
+def test_decode_in_a_ragged_batch_equals_one_by_one(name):
+    q, k, v = structured_qkv(403, heads=8, batch=3)
+    starts, method = [0, 150, 395], sparse("decode", name)
+    store = filled(k, v, q[:, -20:], starts)
+    ctx = context(store.view())._replace(positions=torch.tensor([402 - s for s in starts]))
+    together = decode(q[:, -1], store, method, ctx, Meter())[0]
+    for b, start in enumerate(starts):
+        alone = filled(k[b : b + 1, start:], v[b : b + 1, start:], q[b : b + 1, max(start, 383) :])
+        out = decode(q[b : b + 1, -1], alone, method, ctx._replace(positions=ctx.positions[b : b + 1]), Meter())[0]
+        assert close(together[b : b + 1], out)
+
+
+@pytest.mark.parametrize("name", named("prefill", SPARSE["prefill"]))
+def test_prefill_in_a_ragged_batch_equals_one_by_one(name):
+    q, k, v = structured_qkv(403, heads=8, batch=3)
+    starts, method = [0, 150, 403], sparse("prefill", name)
+    kv = KV(k, v, torch.tensor(starts), 403 - torch.tensor(starts))
+    together, lse = prefill(q, kv, method, context(kv), Meter(), with_lse=True)
+    for b, start in enumerate(starts[:2]):
+        one = KV.of(k[b : b + 1, start:], v[b : b + 1, start:])
+        out, one_lse = prefill(q[b : b + 1, start:], one, method, context(one), Meter(), with_lse=True)
+        assert close(together[b : b + 1, start:], out)
+        assert close(lse[b : b + 1, start:], one_lse)
+        assert not together[b, :start].any()
+    assert not together[2].any()
+
+
+@pytest.mark.parametrize("chunk", [16, 48, 100, 402])
+@pytest.mark.parametrize("name", named("prefill", SPARSE["prefill"]))
+def test_chunked_prefill_equals_whole_where_the_definition_allows(name, chunk):
+    """XAttention scores whole query blocks, so it needs chunks of whole blocks; streaming takes any."""
+    if name in WHOLE_PROMPT:
+        pytest.skip(WHOLE_PROMPT[name])
+    method = sparse("prefill", name)
+    if name == "xattention" and chunk % method.block:
+        pytest.skip("scores are sums over whole query blocks")
+    q, k, v = structured_qkv(403, heads=8)
+    whole = keysift.prefill_attention(q, k, v, method)
+    for lo in range(0, 403, chunk):
+        hi = min(lo + chunk, 403)
+        part = keysift.prefill_attention(q[:, lo:hi], k[:, :hi], v[:, :hi], method)
+        assert close(part, whole[:, lo:hi])
+
+
+@pytest.mark.parametrize("name", named("prefill", SPARSE["prefill"]))
+def test_block_lists_in_pieces_equal_whole(name, monkeypatch):
+    q, k, v = structured_qkv(403, heads=8)
+    method = sparse("prefill", name)
+    whole = keysift.prefill_attention(q, k, v, method)
+    monkeypatch.setattr("keysift.attention.LIST_BYTES", 16 * 8 * 26 * 4)  # four query blocks at a time
+    assert close(keysift.prefill_attention(q, k, v, method), whole)
+
+
+@pytest.mark.parametrize("name", named("decode", SPARSE["decode"]))
+def test_side_data_kept_through_decode_equals_side_data_built_afresh(name):
+    """Ragged batch, single and several new tokens, and a rollback: what append keeps is what build would give."""
+    q, k, v = structured_qkv(500, heads=8, batch=2)
+    method, starts = sparse("decode", name), [0, 37]
+    if not method.grows:
+        pytest.skip("chosen once after prefill by definition: later tokens are all read")
+    store = filled(k[:, :390], v[:, :390], q[:, 370:390], starts)
+    store.index(method, store.middle(method), context(store.view()))
+    steps = [1] * 20 + [5, 3]
+    for step, rollback in [(s, 0) for s in steps] + [(30, 30), (40, 0)]:
+        end = store.length + step
+        store.append(k[:, store.length : end].transpose(1, 2) + (9.0 if rollback else 0), v[:, store.length : end].transpose(1, 2))
+        rows_read(method, q[:, end - 1], store)
+        store.truncate(end - rollback)
+    fresh = filled(k[:, : store.length], v[:, : store.length], q[:, 370:390], starts)
+    if name == "magicpig":  # the mean is fixed when the prompt is complete
+        fresh = filled(k[:, :390], v[:, :390], q[:, 370:390], starts)
+        fresh.index(method, fresh.middle(method), context(fresh.view()))
+        fresh.append(k[:, 390 : store.length].transpose(1, 2), v[:, 390 : store.length].transpose(1, 2))
+    newest = q[:, store.length - 1]
+    assert torch.equal(rows_read(method, newest, store)[2][..., :400], rows_read(method, newest, fresh)[2][..., :400])
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_inclusion_frequency_over_seeds_equals_the_weights(name):
+    """The mean weight of a row over many seeds, 0 where it is not drawn, is 1: weight = 1 / probability."""
+    q, k, v = structured_qkv(120, heads=4, dim=8)
+    method = dataclasses.replace(sparse("decode", name), window=8)
+    trials, total, squares = 600, 0.0, 0.0
+    for seed in range(trials):
+        store = filled(k, v, q[:, -1:])
+        middle, _, log_w = rows_read(method, q[:, -1], store, seed)
+        w = log_w.double().exp()
+        total, squares = total + w, squares + w**2
+    inside = middle.contains()[:, None].expand_as(total)
+    mean = (total / trials)[inside]
+    error = ((squares / trials)[inside] - mean**2).clamp(min=0).sqrt() / math.sqrt(trials)
+    often = error > 0
+    seen = (squares[inside] > 0) & (mean - 6 * error > 0)  # rows drawn so rarely that no interval is known stand aside
+    assert seen.sum() > 50
+    z = ((mean - 1) / error)[seen & often]
+    assert z.abs().max() < 6
+    assert abs(z.mean()) < 0.8
+    assert (mean[seen & ~often] == pytest.approx(1, abs=1e-3)) if bool((seen & ~often).any()) else True
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_estimator_is_unbiased(name):
+    """exp(lse) * out and exp(lse), averaged over seeds, meet the exact sums over the keys."""
+    q, k, v = structured_qkv(150, heads=4, dim=8)
+    q = q * 0.7
+    method, trials = dataclasses.replace(sparse("decode", name), window=8), 800
+    exact_out, exact_lse = oracle(q[:, -1:], k, v)
+    sums = []
+    for seed in range(trials):
+        store = filled(k, v, q[:, -1:])
+        out, lse = decode(q[:, -1], store, method, context(store.view(), seed), Meter(), with_lse=True)
+        ratio = (lse.double() - exact_lse[:, 0]).exp()
+        sums.append(torch.cat([ratio[..., None], ratio[..., None] * out.double()], -1))
+    sums = torch.stack(sums)
+    expected = torch.cat([torch.ones_like(exact_lse[:, 0, :, None]), exact_out[:, 0]], -1)
+    error = sums.std(0) / math.sqrt(trials)
+    z = (sums.mean(0) - expected) / error.clamp(min=1e-6)  # fp32 rounding
+    assert error.max() < 0.2 * expected.abs().max()
+    assert z.abs().max() < 5.5
+    assert error.max() > 1e-4  # it is a sample, not the exact sum
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_draws_follow_the_seed(name):
+    q, k, v = structured_qkv(300, heads=4)
+    outs = [keysift.decode_attention(q[:, -1:], k, v, SPARSE["decode"][name], seed=s) for s in (1, 1, 2)]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_dense_layers_read_everything():
+    q, k, v = structured_qkv(300, heads=4)
+    for layer, dense in ((0, True), (1, False), (16, True)):
+        _, stats = keysift.decode_attention(q[:, -1:], k, v, "magicpig:K=6,L=10", layer=layer, return_stats=True)
+        assert (stats.kept_fraction == 1) == dense
+        spec = "flexprefill:gamma=.5,min_budget=16,block=16,dense_layers=0+16"
+        _, stats = keysift.prefill_attention(q, k, v, spec, layer=layer, return_stats=True)
+        assert (stats.density == 1) == dense
+
+
+def test_more_keys_give_a_smaller_error():
+    """Exact top-k and the oracle approach the dense output as the budget grows; streaming is worst of all."""
+    q, k, v = structured_qkv(1025, heads=8)
+    exact = oracle(q[:, -1:], k, v)[0]
+
+    def error(spec):
+        errors = []
+        for seed in range(20):
+            out = keysift.decode_attention(q[:, -1:], k, v, spec, seed=seed)
+            errors.append(float((out.double() - exact).norm() / exact.norm()))
+        return sum(errors) / len(errors)
+
+    for name in ("topk", "oracle"):
+        errors = [error(f"{name}:keep={keep},window=8") for keep in (0.01, 0.1, 0.6)]
+        assert errors[0] > errors[1] > errors[2]
+        assert errors[2] < 0.2
+        assert errors[1] < error("streaming:sinks=4,window=8")
+
+
+def test_snapkv_keeps_what_its_window_of_queries_attended_to():
+    """A key that only the observation window cares about is kept, for the group as a whole."""
+    q, k, v = structured_qkv(400, heads=4)
+    q, k = q * 0.01, k.clone()
+    q[:, -16:, 2:, 3] += 9
+    k[:, 123, 1, 3] += 20
+    store = filled(k, v, q[:, -16:])
+    method = methods.parse("snapkv:budget=24,window=16,kernel=3", "decode")
+    _, selection, _ = rows_read(method, q[:, -1], store)
+    assert selection.rows.shape == (1, 2, 8)
+    assert {122, 123, 124} <= set(selection.rows[0, 1].tolist())
+
+
+def test_streaming_budget_is_the_number_of_keys_read():
+    q, k, v = structured_qkv(300)
+    _, stats = keysift.decode_attention(q[:, -1:], k, v, "streaming:sinks=4,budget=60", return_stats=True)
+    assert stats.kept_fraction == pytest.approx(60 / 300)
+
+
+@pytest.mark.parametrize("name", ["quest", "topk"])
+def test_budget_in_keys_is_kept(name):
+    q, k, v = structured_qkv(600)
+    _, stats = keysift.decode_attention(q[:, -1:], k, v, f"{name}:budget=132,sinks=4,window=64", return_stats=True)
+    assert stats.kept_fraction == pytest.approx(132 / 600)
+
+
+@pytest.mark.parametrize(
+    ("spec", "role", "message"),
+    [
+        ("nonesuch", "prefill", "prefill method 'nonesuch' unknown: choose dense, flashprefill"),
+        ("quest", "prefill", "prefill method 'quest' cannot serve here: choose"),
+        ("flexprefill", "decode", "decode method 'flexprefill' cannot serve here: choose"),
+        ("flexprefill:gama=1", "prefill", "flexprefill has no option 'gama': choose block"),
+        ("flexprefill:gamma", "prefill", "write gamma=VALUE, once"),
+        ("flexprefill:gamma=.5,gamma=.6", "prefill", "write gamma=VALUE, once"),
+        ("flexprefill:gamma=much", "prefill", "gamma=much: must be of type float"),
+        ("flexprefill:gamma=0", "prefill", "gamma=0.0: must be above 0 and at most 1"),
+        ("flexprefill:gamma=1.01", "prefill", "must be above 0 and at most 1"),
+        ("flexprefill:gamma=nan", "prefill", "gamma=nan: must be finite"),
+        ("flexprefill:block=100", "prefill", "block=100: choose 16, 32, 64 or 128"),
+        ("flexprefill:min_budget=512,max_budget=256", "prefill", "max_budget=256: must be at least min_budget=512"),
+        ("flexprefill:mode=fast", "prefill", "mode=fast: choose default or seed"),
+        ("flexprefill:dense_layers=a", "prefill", "must be layer numbers joined by +"),
+        ("quest:keep=0", "decode", "keep=0.0: must be above 0 and at most 1"),
+        ("quest:keep=1.5", "decode", "must be above 0 and at most 1"),
+        ("quest:budget=68", "decode", "budget=68: must exceed sinks + window = 4 + 64"),
+        ("streaming:budget=16", "decode", "budget=16: must exceed sinks"),
+        ("snapkv:budget=32", "decode", "budget=32: must exceed"),
+        ("snapkv:kernel=4", "decode", "kernel=4: must be odd"),
+        ("magicpig:K=16", "decode", "K=16: must be at least 0 and at most 15"),
+        ("magicpig:window=0", "decode", "window=0: must be at least 1"),
+        (3, "decode", "decode=3: pass a SPEC string or a method"),
+    ],
+)
+def test_bad_specs_say_what_there_is(spec, role, message):
+    with pytest.raises(ValueError) as error:
+        methods.parse(spec, role)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_specs_give_the_methods_they_name():
+    method = methods.parse("magicpig: K=8, L=75, dense_layers=0+2, sinks=0", "decode")
+    assert (method.K, method.L, method.dense_layers, method.sinks) == (8, 75, (0, 2), 0)
+    assert methods.parse(method, "decode") is method
+    assert methods.describe(method) == "magicpig:sinks=0,dense_layers=0+2,K=8,L=75"
+    assert methods.parse("flexprefill:max_budget=none,min_budget=none", "prefill").min_budget is None
+    assert methods.parse("magicpig:dense_layers=none", "decode").dense_layers == ()
+    assert isinstance(methods.parse("xattention", "prefill"), PrefillMethod)

@@ -1,0 +1,108 @@
+"""mode=seed gives what the published implementations compute."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import keysift
+from keysift.methods import flexprefill, magicpig
+from keysift.methods.magicpig import CollisionLaw
+from keysift.ops.codes import hash_codes, match_codes
+from keysift.ops.gather import gather_attention
+from keysift.types import KV, Ctx, Selection
+from tests.helpers import relative_error, structured_qkv
+
+DATA = Path(__file__).parent / "data"
+
+
+def load(path):
+    arrays = np.load(path)
+    case = json.loads(str(arrays["case"]))
+    tensors = {n: torch.from_numpy(arrays[n]) for n in arrays if n != "case"}
+    return case, {n: t.view(torch.bfloat16) if n.endswith("bf16") else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("flexprefill_*.npz")), ids=lambda p: p.stem)
+def test_flexprefill_block_sets_equal_the_published_ones(path):
+    case, data = load(path)
+    method = flexprefill.Method(
+        gamma=case["gamma"],
+        tau=case["tau"],
+        min_budget=case["min_budget"],
+        max_budget=case["max_budget"],
+        block=case["block"],
+        mode="seed",
+    )
+    k = data["k_bf16"]
+    kv = KV.of(k, k)
+    plan = method.plan(data["q_bf16"], kv, Ctx(0, case["D"] ** -0.5, kv.length - 1))
+    blocks = math.ceil(case["N"] / case["block"])
+    active = method.mask(plan, range(blocks)).active(blocks)[0]
+    assert torch.equal(active, data["active"])
+    assert 0 < active.sum() < active.shape[0] * blocks * (blocks + 1) / 2
+
+
+def test_flexprefill_seed_cases_cover_both_branches():
+    branches = set()
+    for path in DATA.glob("flexprefill_*.npz"):
+        case, data = load(path)
+        method = flexprefill.Method(tau=case["tau"], min_budget=1, block=case["block"], mode="seed")
+        kv = KV.of(data["k_bf16"], data["k_bf16"])
+        branches |= set(method.plan(data["q_bf16"], kv, Ctx(0, 1.0, kv.length)).query_aware.flatten().tolist())
+    assert branches == {True, False}
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("magicpig_*.npz")), ids=lambda p: p.stem)
+def test_magicpig_retrieves_and_estimates_what_the_published_code_does(path):
+    case, data = load(path)
+    q, k, v, mean, w = (data[f"{n}_bf16"] for n in ("q", "k", "v", "mean", "W"))
+    hits = match_codes(hash_codes(q, w, case["K"])[None], hash_codes(k - mean, w, case["K"])[None])
+    assert torch.equal((hits >= 2)[0], data["retrieved"])
+    kv = KV.of(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+    selection = Selection.of(hits >= 2, CollisionLaw(mean[None, :, 0], case["K"], case["L"], floor=1e-4))
+    part = gather_attention(q[None], kv, selection, q.shape[-1] ** -0.5)
+    assert relative_error(part.out[0, 0], data["out_bf16"]) < 4e-3  # the published output is rounded to bf16
+
+
+def test_magicpig_seed_method_follows_the_published_steps():
+    """The method as a whole: bf16 centring by the middle's mean, one hash for all layers, a frozen middle."""
+    _, data = load(DATA / "magicpig_1.npz")
+    q, k = data["q_bf16"][None], data["k_bf16"].transpose(0, 1)[None]
+    method = magicpig.Method(K=8, L=75, mode="seed")
+    kv = KV.of(k, k)
+    middle = kv.between(kv.start + 4, kv.end - 64)
+    indices = [method.build(middle, q[:, None], Ctx(layer, 1.0, kv.length, seed=3)) for layer in (1, 2)]
+    assert torch.equal(indices[0].w.tensor, indices[1].w.tensor)
+    mean = k[:, 4:-64].float().mean(1).to(k.dtype)
+    assert torch.equal(indices[0].mean, mean)
+    centred = (k - mean[:, None])[0].transpose(0, 1)
+    codes = hash_codes(centred, indices[0].w.tensor, 8)
+    assert torch.equal(indices[0].codes[0, :, 4:-64], codes[:, 4:-64])
+    chosen = method.select(q, middle, indices[0], Ctx(1, 1.0, kv.length, seed=3))
+    hits = match_codes(hash_codes(q[0].view(2, 4, -1), indices[0].w.tensor, 8).flatten(0, 1)[None], codes[None])[0]
+    expected = hits[:, 4:-64] >= 2
+    assert torch.equal(chosen.count[0], expected.sum(-1))
+    assert not method.grows
+    assert magicpig.Method().grows
+
+
+def test_seed_and_default_flexprefill_run_end_to_end_and_differ():
+    q, k, v = structured_qkv(2000)
+    densities = []
+    for mode in ("seed", "default"):
+        out, stats = keysift.flex_prefill_attention(
+            q, k, v, gamma=0.9, tau=0, min_budget=None, block_size=64, mode=mode, return_stats=True, measure_mass=True
+        )
+        assert torch.isfinite(out).all()
+        densities.append(stats.density)
+    assert 0 < densities[0] < densities[1] < 1  # the seed's token count, divided by 128, asks for too few blocks
+
+
+def test_seed_mode_refuses_what_its_authors_code_cannot():
+    q, k, v = torch.randn(1, 100, 2, 16), torch.randn(1, 900, 2, 16), torch.randn(1, 900, 2, 16)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        keysift.flex_prefill_attention(q, k, v, min_budget=None, mode="seed")
