@@ -45,7 +45,9 @@ def structured_qkv(
     return q, k, v
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention in fp64 over the keys that ``seen`` (bool, broadcast to [B, H, Tq, Tk]) allows, causal.
 
     Returns output [B, Tq, H, Dv] and lse [B, Tq, H]; rows without keys give 0 and -inf.

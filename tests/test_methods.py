@@ -291,7 +291,10 @@ def test_side_data_kept_through_decode_equals_side_data_built_afresh(name):
     steps = [1] * 20 + [5, 3]
     for step, rollback in [(s, 0) for s in steps] + [(30, 30), (40, 0)]:
         end = store.length + step
-        store.append(k[:, store.length : end].transpose(1, 2) + (9.0 if rollback else 0), v[:, store.length : end].transpose(1, 2))
+        store.append(
+            k[:, store.length : end].transpose(1, 2) + (9.0 if rollback else 0),
+            v[:, store.length : end].transpose(1, 2),
+        )
         rows_read(method, q[:, end - 1], store)
         store.truncate(end - rollback)
     fresh = filled(k[:, : store.length], v[:, : store.length], q[:, 370:390], starts)

@@ -143,12 +143,16 @@ def test_merging_parts_over_disjoint_keys_gives_the_whole():
 def test_uniform_draws_are_uniform_and_independent_of_their_neighbours():
     n = 200_000
     u = uniform(3, 1, torch.arange(n))
-    assert 0 < u.min()
+    assert u.min() > 0
     assert u.max() < 1
     histogram = torch.histc(u, 64, 0, 1)
     chi_square = ((histogram - n / 64) ** 2 / (n / 64)).sum()
     assert chi_square < 63 + 5 * math.sqrt(2 * 63)
-    for other in (uniform(3, 1, torch.arange(1, n + 1)), uniform(3, 2, torch.arange(n)), uniform(4, 1, torch.arange(n))):
+    for other in (
+        uniform(3, 1, torch.arange(1, n + 1)),
+        uniform(3, 2, torch.arange(n)),
+        uniform(4, 1, torch.arange(n)),
+    ):
         assert abs(torch.corrcoef(torch.stack([u, other]))[0, 1]) < 5 / math.sqrt(n)
 
 
@@ -191,14 +195,18 @@ def test_collision_probability_keeps_its_digits_where_it_is_tiny():
     """Against exact arithmetic: at small r, u = L (L - 1) / 2 r^2 to first order."""
     cosine = torch.tensor(math.cos(math.pi * (1 - 1e-3)))
     r = (1 - math.acos(float(cosine)) / math.pi) ** 10
-    assert math.isclose(collision_log_probability(cosine, 10, 150), math.log(150 * 149 / 2) + 2 * math.log(r), rel_tol=1e-3)
+    assert math.isclose(
+        collision_log_probability(cosine, 10, 150), math.log(150 * 149 / 2) + 2 * math.log(r), rel_tol=1e-3
+    )
     assert torch.isfinite(collision_log_probability(torch.tensor([-1.0, 1.0, 1.0001]), 10, 150)).all()
 
 
 def test_hash_codes_are_the_sign_bits():
     x, w = torch.randn(3, 5, generator=generator(0)), torch.randn(5, 6, generator=generator(1))
     bits = (x @ w > 0).int()
-    expected = torch.stack([bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2], bits[:, 3] + 2 * bits[:, 4] + 4 * bits[:, 5]], 1)
+    expected = torch.stack(
+        [bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2], bits[:, 3] + 2 * bits[:, 4] + 4 * bits[:, 5]], 1
+    )
     assert torch.equal(hash_codes(x, w, 3), expected.to(torch.int16))
 
 

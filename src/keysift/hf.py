@@ -41,6 +41,10 @@ class Mask(NamedTuple):
     end: list[int] | None
     window: int | None
 
+    def contiguous(self) -> Mask:
+        """What ``generate`` calls on masks that it prepares for a static cache."""
+        raise ValueError("keysift does not support StaticCache: pass a DynamicCache or keysift.KVCache, or none")
+
 
 class RunStats(NamedTuple):
     """What the model has read since it was attached, or ``reset_stats``; layers with a window of their own not counted.

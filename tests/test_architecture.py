@@ -1,0 +1,73 @@
+"""The house keeps its order: who may import whom, and what no room may contain."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import keysift
+
+ROOT = Path(keysift.__file__).parent
+ORDER = ["types", "ops", "methods", "cache", "attention", "functional", "hf", "cli"]  # each may import those before it
+FREE = {"pocket", "__init__"}  # pocket is data; the package's front names what hf and functional define
+MODEL_NAMES = ("llama", "qwen", "mistral", "glm", "gemma", "phi3", "mixtral")
+FILES = sorted(p for p in ROOT.rglob("*.py"))
+
+
+def room(path):
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path):
+    """Rooms of keysift that a file imports, and whether anything foreign named transformers."""
+    rooms, foreign = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{a.name}" if node.module == "keysift" else node.module for a in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "keysift" and len(parts) > 1:
+                rooms.add(parts[1])
+            elif parts[0] != "keysift":
+                foreign.add(parts[0])
+    return rooms, foreign
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    here = room(path)
+    if here in FREE:
+        return
+    rooms, foreign = imports(path)
+    allowed = set(ORDER[: ORDER.index(here) + 1]) | (FREE if here == "cli" else set())
+    known = {r for r in rooms if r in ORDER or r in FREE}
+    assert known <= allowed, f"{here} imports {known - allowed}"
+    if here in ORDER[:5]:
+        assert foreign <= {"torch", *__import__("sys").stdlib_module_names}
+
+
+def test_every_room_is_known():
+    assert {room(p) for p in FILES} <= set(ORDER) | FREE
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) not in ("hf", "cli", "pocket")], ids=lambda p: p.name)
+def test_model_names_stay_in_hf(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+        a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)
+    }
+    assert not [n for n in names if any(m in n.lower() for m in MODEL_NAMES)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 520
+
+
+def test_the_public_names_exist():
+    assert all(hasattr(keysift, name) for name in keysift.__all__)

@@ -1,0 +1,136 @@
+"""The tensor functions: shapes, dtypes, what they return, and one clear line for what does not fit."""
+
+import math
+
+import pytest
+import torch
+
+import keysift
+from tests.helpers import close, oracle, structured_qkv
+
+SPARSE = {"gamma": 0.7, "tau": 0.1, "min_budget": 32, "block_size": 32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 64), (3, 40), (2, 256)])
+def test_flex_prefill_attention_takes_any_batch_dtype_and_head_dim(dtype, batch, dim):
+    q, k, v = (x.to(dtype) for x in structured_qkv(300, heads=4, batch=batch, dim=dim))
+    out, stats = keysift.flex_prefill_attention(q, k, v, gamma=1.0, return_stats=True)
+    assert out.dtype == dtype
+    assert out.shape == q.shape
+    assert stats.density == 1
+    assert close(out, oracle(q, k, v)[0], dtype)
+    sparse, stats = keysift.flex_prefill_attention(q, k, v, **SPARSE, return_stats=True, measure_mass=True)
+    assert 0 < stats.density < 1
+    assert stats.mass_covered > stats.density
+    error = (sparse.double() - oracle(q, k, v)[0]).norm() / oracle(q, k, v)[0].norm()
+    assert error < 1.2 * math.sqrt(1 - stats.mass_covered) + 0.2
+
+
+def test_flex_prefill_attention_of_the_last_queries_and_of_a_batch():
+    q, k, v = structured_qkv(500, batch=2)
+    out = keysift.flex_prefill_attention(q[:, -170:], k, v, **SPARSE)
+    assert out.shape == (2, 170, 4, 32)
+    for b in range(2):
+        one = keysift.flex_prefill_attention(q[b : b + 1, -170:], k[b : b + 1], v[b : b + 1], **SPARSE)
+        assert close(out[b : b + 1], one)
+
+
+def test_gqa_interleave_pairs_heads_by_remainder():
+    q, k, v = structured_qkv(300, heads=6, kv_heads=2)
+    out, lse = keysift.flex_prefill_attention(q, k, v, **SPARSE, gqa_interleave=True, return_lse=True)
+    order = [0, 2, 4, 1, 3, 5]
+    expected, expected_lse = keysift.flex_prefill_attention(q[:, :, order], k, v, **SPARSE, return_lse=True)
+    assert close(out[:, :, order], expected)
+    assert close(lse[:, :, order], expected_lse)
+
+
+def test_returns_come_in_the_documented_order():
+    q, k, v = structured_qkv(300)
+    out, lse, ratio, stats = keysift.flex_prefill_attention(
+        q, k, v, **SPARSE, return_computational_ratio=True, return_lse=True, return_stats=True
+    )
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    assert ratio == stats.density
+    assert stats.kept_fraction is None
+    assert stats.mass_covered is None
+    out, lse, stats = keysift.decode_attention(q[:, -1:], k, v, "topk", return_lse=True, return_stats=True)
+    assert out.shape == (1, 1, 4, 32)
+    assert lse.shape == (1, 1, 4)
+    assert stats.density is None
+    assert 0 < stats.kept_fraction < 1
+    assert isinstance(keysift.prefill_attention(q, k, v), torch.Tensor)
+    assert isinstance(keysift.decode_attention(q[:, -1:], k, v), torch.Tensor)
+
+
+@pytest.mark.parametrize("scale", [None, 0.05, 0.5])
+def test_scale_reaches_search_and_attention(scale):
+    """Scaling q by c and the scale by 1 / c changes nothing, the chosen blocks included."""
+    q, k, v = structured_qkv(400)
+    value = 32**-0.5 if scale is None else scale
+    a = keysift.flex_prefill_attention(q, k, v, **SPARSE, softmax_scale=scale)
+    b = keysift.flex_prefill_attention(q * value * 4, k, v, **SPARSE, softmax_scale=0.25)
+    assert close(a, b)
+    for spec in ("topk:keep=0.1", "oracle:keep=0.1"):
+        a = keysift.decode_attention(q[:, -1:], k, v, spec, scale=scale)
+        assert close(a, keysift.decode_attention(q[:, -1:] * value * 4, k, v, spec, scale=0.25))
+
+
+def test_values_may_have_another_width():
+    q, k, v = structured_qkv(300)
+    v = torch.cat([v, v], -1)
+    for spec in ("dense", "flexprefill:gamma=0.6,min_budget=16,block=16"):
+        assert keysift.prefill_attention(q, k, v, spec).shape == (1, 300, 4, 64)
+    assert keysift.decode_attention(q[:, -1:], k, v, "magicpig:K=4,L=10").shape == (1, 1, 4, 64)
+
+
+def test_inputs_are_left_as_they_were_and_may_have_any_strides():
+    q, k, v = structured_qkv(300)
+    before = [x.clone() for x in (q, k, v)]
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for x in (q, k, v):
+        assert torch.equal(
+            keysift.flex_prefill_attention(*strided, **SPARSE), keysift.flex_prefill_attention(q, k, v, **SPARSE)
+        )
+    keysift.decode_attention(q[:, -1:], k, v, "quest:keep=0.1")
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+Q, K, V = structured_qkv(40)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        (Q[0], K, V, "q is (40, 4, 32): pass a tensor [batch, tokens, heads, head_dim]"),
+        (Q, [1], V, "k is list: pass a tensor"),
+        (Q.double(), K, V, "q is torch.float64: pass float32, bfloat16 or float16"),
+        (Q.bfloat16(), K, V, "q, k, v differ in dtype: torch.bfloat16, torch.float32, torch.float32"),
+        (Q, K.to("meta"), V, "q, k, v differ in device: cpu, meta, cpu"),
+        (Q, K, V[:, :39], "batch, tokens and heads must agree"),
+        (Q, K[..., :16], V, "batch and head_dim must agree"),
+        (Q.expand(2, -1, -1, -1), K, V, "batch and head_dim must agree"),
+        (Q, K[:, :30], V[:, :30], "q has 40 tokens and k only 30"),
+        (Q[:, :, :3], K, V, "3 query heads are not divisible by 2 key/value heads"),
+        (Q[:, :0], K, V, "no dimension may be empty"),
+        (Q * math.nan, K, V, "q holds NaN or inf"),
+        (Q, K * math.inf, V, "k holds NaN or inf"),
+    ],
+)
+@pytest.mark.parametrize("function", [keysift.prefill_attention, keysift.flex_prefill_attention])
+def test_tensors_that_do_not_fit_are_refused_in_one_line(function, q, k, v, message):
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        function(q, k, v)
+    assert message in str(error.value)
+
+
+def test_decode_takes_one_query():
+    with pytest.raises(ValueError, match="q has 40 tokens: decode takes 1"):
+        keysift.decode_attention(Q, K, V)
+
+
+@pytest.mark.parametrize(("gamma", "block"), [(0, 128), (1.5, 128), (-0.1, 128), (0.9, 48)])
+def test_flexprefill_options_out_of_bounds_are_refused(gamma, block):
+    with pytest.raises(ValueError, match=f"{'gamma' if block == 128 else 'block'}="):
+        keysift.flex_prefill_attention(Q, K, V, gamma=gamma, block_size=block)
