@@ -89,10 +89,8 @@ def test_inputs_are_left_as_they_were_and_may_have_any_strides():
     q, k, v = structured_qkv(300)
     before = [x.clone() for x in (q, k, v)]
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    for x in (q, k, v):
-        assert torch.equal(
-            keysift.flex_prefill_attention(*strided, **SPARSE), keysift.flex_prefill_attention(q, k, v, **SPARSE)
-        )
+    plain = keysift.flex_prefill_attention(q, k, v, **SPARSE)
+    assert torch.equal(keysift.flex_prefill_attention(*strided, **SPARSE), plain)
     keysift.decode_attention(q[:, -1:], k, v, "quest:keep=0.1")
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
@@ -120,9 +118,10 @@ Q, K, V = structured_qkv(40)
 )
 @pytest.mark.parametrize("function", [keysift.prefill_attention, keysift.flex_prefill_attention])
 def test_tensors_that_do_not_fit_are_refused_in_one_line(function, q, k, v, message):
-    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+    with pytest.raises(ValueError) as error:
         function(q, k, v)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_decode_takes_one_query():

@@ -364,9 +364,10 @@ def test_patch_model_takes_flexprefills_spelling(pattern, config, spec):
     ],
 )
 def test_patch_model_refuses_what_it_does_not_know(pattern, config, message):
-    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+    with pytest.raises(ValueError) as error:
         keysift.patch_model(tiny("qwen3"), pattern, config)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def unsupported():
@@ -451,7 +452,7 @@ def test_a_hole_in_the_attention_mask_is_refused():
 
 def test_training_dropout_is_refused():
     model = build("Qwen3", attention_dropout=0.1).train()
-    with keysift.attach(model), pytest.raises(ValueError, match="model.eval"):
+    with keysift.attach(model), pytest.raises(ValueError, match="for inference"):
         model(prompt(20)["input_ids"])
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keysift.ops.block_sparse import block_sparse_attention
+from keysift.ops.block_sparse import block_sparse_attention, block_sparse_attention_reference
 from keysift.ops.codes import collision_log_probability, hash_codes, match_codes, projections
 from keysift.ops.coverage import mass_covered
 from keysift.ops.dense import dense_attention, dense_attention_reference
@@ -81,7 +81,10 @@ def test_block_sparse_attention_reads_exactly_the_masked_blocks(tokens, keys, gr
     token_seen = active[:, :, position[keys - tokens :] // block - first][..., position // block]
     expected, lse = oracle(q, k, v, token_seen)
     kv = KV(poisoned(k, 5, 60), poisoned(v, 5, 60), torch.tensor([5, 5]), torch.tensor([keys, keys]))
-    part = block_sparse_attention(q, kv, mask, q.shape[-1] ** -0.5)
+    out, nothing = block_sparse_attention(q, kv, mask, q.shape[-1] ** -0.5)
+    assert close(out, expected)
+    assert nothing is None
+    part = block_sparse_attention_reference(q, kv, mask, q.shape[-1] ** -0.5)
     assert close(part.out, expected)
     assert torch.equal(part.lse == -math.inf, lse == -math.inf)
     finite = lse != -math.inf
@@ -91,9 +94,9 @@ def test_block_sparse_attention_reads_exactly_the_masked_blocks(tokens, keys, gr
 def test_block_sparse_attention_computes_only_the_masks_query_blocks():
     q, k, v = qkv(90, 200, 2)
     everything = torch.ones(2, 4, 7, 7, dtype=torch.bool)
-    part = block_sparse_attention(q, KV.of(k, v), BlockMask.of(everything[:, :, 4:6], 32, 4), 0.2)
+    out, _ = block_sparse_attention(q, KV.of(k, v), BlockMask.of(everything[:, :, 4:6], 32, 4), 0.2)
     expected = oracle(q, k, v, scale=0.2)[0]
-    assert close(part.out, expected[:, 128 - 110 : 192 - 110])
+    assert close(out, expected[:, 128 - 110 : 192 - 110])
 
 
 def test_block_mask_lists_hold_the_set_that_made_them():

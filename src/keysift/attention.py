@@ -86,12 +86,12 @@ def prefill(
     step = max(1, LIST_BYTES // (16 * batch * heads * stop))
     for i in range(first, stop, step):
         mask = method.mask(plan, range(i, min(i + step, stop)))
-        parts.append(block_sparse_attention(q_BTHD, kv, mask, ctx.scale))
+        parts.append(block_sparse_attention(q_BTHD, kv, mask, ctx.scale, with_lse))
         meter.add_mask(mask, range(max(positions.start, mask.rows().start), min(keys, mask.rows().stop)), heads, batch)
         if meter.measure_mass:
             meter.mass.append(mass_covered(q_BTHD, kv, mask, ctx.scale).flatten().cpu())
-    out = torch.cat([p.out for p in parts], 1).to(q_BTHD.dtype)
-    return out, torch.cat([p.lse for p in parts], 1) if with_lse else None
+    out = torch.cat([part[0] for part in parts], 1)
+    return out, torch.cat([lse for _, lse in parts if lse is not None], 1) if with_lse else None
 
 
 def _prefill_ragged(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from keysift.ops.dense import keys_values
-from keysift.ops.heads import group
 from keysift.types import KV, BlockMask, Partial
 
 
-def block_sparse_attention(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Partial:
+def block_sparse_attention(
+    q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float, with_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention of the last T positions over the key blocks of ``mask``.
 
     Only the queries whose block is in the mask are computed: with ``p`` the position of the first query, those at
@@ -21,44 +26,83 @@ def block_sparse_attention(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float
         kv: keys and values, N of them.
         mask: key blocks per query head and query block.
         scale: factor on q.k.
+        with_lse: also return the log-sum-exp.
+
+    Returns:
+        Output in q's dtype, ``[B, rows, H, Dv]``, zero for a query without blocks; lse, fp32 ``[B, rows, H]``, or None.
     """
-    return block_sparse_attention_reference(q_BTHD, kv, mask, scale)
+    if with_lse:
+        part = block_sparse_attention_reference(q_BTHD, kv, mask, scale)
+        return part.out.to(q_BTHD.dtype), part.lse
+    return _by_sdpa(q_BTHD, kv, mask, scale), None
 
 
 def block_sparse_attention_reference(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Partial:
-    """fp32, block by block."""
-    k, v = (x.float().transpose(1, 2) for x in keys_values(kv))
-    batch, tokens, heads = q_BTHD.shape[:3]
-    keys, offset = k.shape[2], k.shape[2] - tokens
-    rows = range(max(offset, mask.rows().start), min(keys, mask.rows().stop))
-    out = q_BTHD.new_zeros(batch, len(rows), heads, v.shape[-1], dtype=torch.float32)
-    lse = q_BTHD.new_full((batch, len(rows), heads), -torch.inf, dtype=torch.float32)
-    q = group(q_BTHD.float(), k.shape[1], 2)
-    counts = (mask.full_count + mask.partial_count).cpu()
-    for i in range(mask.full_count.shape[2]):
-        first = (mask.first + i) * mask.block
-        lo, hi = max(first, rows.start), min(first + mask.block, rows.stop)
-        if lo >= hi:
-            continue
-        position = torch.arange(lo, hi, device=q.device)
-        for b in range(batch):
-            for h in range(heads):
-                if not counts[b, h, i]:
-                    continue
-                at = _tokens(mask, b, h, i, keys)
-                kh, g = divmod(h, q.shape[3])
-                score = q[b, lo - offset : hi - offset, kh, g] @ k[b, kh, at].T * scale
-                score = score.masked_fill(at > position[:, None], -torch.inf)
-                row_lse = score.logsumexp(-1)
-                weight = (score - row_lse.masked_fill(row_lse == -torch.inf, 0)[:, None]).exp()
-                out[b, lo - rows.start : hi - rows.start, h] = weight @ v[b, kh, at]
-                lse[b, lo - rows.start : hi - rows.start, h] = row_lse
+    """The same in fp32."""
+    rows = _computed_rows(q_BTHD, kv, mask)
+    heads, width = q_BTHD.shape[2], kv.v.shape[-1]
+    out = q_BTHD.new_zeros(q_BTHD.shape[0], len(rows), heads, width, dtype=torch.float32)
+    lse = q_BTHD.new_full((q_BTHD.shape[0], len(rows), heads), -torch.inf, dtype=torch.float32)
+    for tile in _tiles(q_BTHD, kv, mask):
+        score = tile.q.float() @ tile.k.float().T * scale
+        if tile.seen is not None:
+            score = score.masked_fill(~tile.seen, -torch.inf)
+        out[tile.at] = score.softmax(-1) @ tile.v.float()
+        lse[tile.at] = score.logsumexp(-1)
     return Partial(out, lse)
 
 
-def _tokens(mask: BlockMask, b: int, h: int, i: int, keys: int) -> Tensor:
-    """Key positions that query block ``i`` reads, ``[*]``."""
-    full = mask.full_index[b, h, i, : mask.full_count[b, h, i]]
-    partial = mask.partial_index[b, h, i, : mask.partial_count[b, h, i]]
-    at = torch.cat([full, partial]).long()[:, None] * mask.block + torch.arange(mask.block, device=full.device)
-    return at[at < keys]
+def _by_sdpa(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Tensor:
+    """Torch SDPA on the gathered keys of each tile."""
+    rows = _computed_rows(q_BTHD, kv, mask)
+    out = q_BTHD.new_zeros(q_BTHD.shape[0], len(rows), q_BTHD.shape[2], kv.v.shape[-1])
+    for tile in _tiles(q_BTHD, kv, mask):
+        q, k, v = (x[None, None] for x in (tile.q, tile.k, tile.v))
+        out[tile.at] = F.scaled_dot_product_attention(q, k, v, tile.seen, scale=scale)[0, 0]
+    return out
+
+
+class _Tile(NamedTuple):
+    """One query block of one head, with the keys it reads."""
+
+    at: tuple[int, slice, int]  # where its output goes
+    q: Tensor  # [rows, D]
+    k: Tensor  # [keys, D]
+    v: Tensor  # [keys, Dv]
+    seen: Tensor | None  # [rows, keys]; None for all
+
+
+def _tiles(q_BTHD: Tensor, kv: KV, mask: BlockMask) -> Iterator[_Tile]:
+    """The tiles that have keys. Keys past the end pad the last block with zeros; the causal mask hides them."""
+    rows, offset = _computed_rows(q_BTHD, kv, mask), int(kv.length[0]) - q_BTHD.shape[1]
+    fill = -int(kv.length[0]) % mask.block
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, mask.block)).permute(0, 3, 1, 2, 4) for x in keys_values(kv)
+    )
+    group = q_BTHD.shape[2] // k.shape[1]
+    num_full, num_partial = mask.full_count.tolist(), mask.partial_count.tolist()
+    for i in range(mask.full_count.shape[2]):
+        first = (mask.first + i) * mask.block
+        lo, hi = max(first, rows.start), min(first + mask.block, rows.stop)
+        causal = torch.ones(mask.block, mask.block, dtype=torch.bool, device=q_BTHD.device).tril()[
+            lo - first : hi - first
+        ]
+        for b in range(q_BTHD.shape[0]):
+            for h in range(q_BTHD.shape[2]):
+                full, partial = num_full[b][h][i], num_partial[b][h][i]
+                if lo >= hi or not full + partial:
+                    continue
+                blocks = torch.cat([mask.full_index[b, h, i, :full], mask.partial_index[b, h, i, :partial]])
+                seen = F.pad(causal, (full * mask.block, 0), value=True) if partial else None
+                yield _Tile(
+                    (b, slice(lo - rows.start, hi - rows.start), h),
+                    q_BTHD[b, lo - offset : hi - offset, h],
+                    k[b, h // group, blocks].flatten(0, 1),
+                    v[b, h // group, blocks].flatten(0, 1),
+                    seen,
+                )
+
+
+def _computed_rows(q_BTHD: Tensor, kv: KV, mask: BlockMask) -> range:
+    keys = int(kv.length[0])
+    return range(max(keys - q_BTHD.shape[1], mask.rows().start), min(keys, mask.rows().stop))
