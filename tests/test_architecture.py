@@ -1,6 +1,7 @@
 """The house keeps its order: who may import whom, and what no room may contain."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_imports_point_one_way(path):
     known = {r for r in rooms if r in ORDER or r in FREE}
     assert known <= allowed, f"{here} imports {known - allowed}"
     if here in ORDER[:5]:
-        assert foreign <= {"torch", *__import__("sys").stdlib_module_names}
+        assert foreign <= {"torch", *sys.stdlib_module_names}
 
 
 def test_every_room_is_known():

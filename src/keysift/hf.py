@@ -290,7 +290,7 @@ def attention_function(
         out = _prefill(q, kv, DENSE, ctx, path.Meter(), attention_mask)
     elif q.shape[1] == 1 and kv.k.shape[1] > 1 and not link.in_prompt:
         if store is None:
-            raise ValueError(f"{type(module).__name__} changes keys after the cache: not supported with decode methods")
+            raise ValueError(f"{type(module).__name__} hides its cache from keysift: this model is not supported")
         out = path.decode(q[:, 0], store, link.decode, ctx, link.meter)[0][:, None]
     else:
         past = key.shape[2] - query.shape[2]
@@ -416,7 +416,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def _refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux", "position_bias", "cache"):  # the last comes from continuous batching
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name}: keysift does not support it")
     if kwargs.get("output_attentions"):

@@ -80,20 +80,18 @@ def _tiles(q_BTHD: Tensor, kv: KV, mask: BlockMask) -> Iterator[_Tile]:
         F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, mask.block)).permute(0, 3, 1, 2, 4) for x in keys_values(kv)
     )
     group = q_BTHD.shape[2] // k.shape[1]
+    triangle = torch.ones(mask.block, mask.block, dtype=torch.bool, device=q_BTHD.device).tril()
     num_full, num_partial = mask.full_count.tolist(), mask.partial_count.tolist()
     for i in range(mask.full_count.shape[2]):
         first = (mask.first + i) * mask.block
         lo, hi = max(first, rows.start), min(first + mask.block, rows.stop)
-        causal = torch.ones(mask.block, mask.block, dtype=torch.bool, device=q_BTHD.device).tril()[
-            lo - first : hi - first
-        ]
         for b in range(q_BTHD.shape[0]):
             for h in range(q_BTHD.shape[2]):
                 full, partial = num_full[b][h][i], num_partial[b][h][i]
                 if lo >= hi or not full + partial:
                     continue
                 blocks = torch.cat([mask.full_index[b, h, i, :full], mask.partial_index[b, h, i, :partial]])
-                seen = F.pad(causal, (full * mask.block, 0), value=True) if partial else None
+                seen = F.pad(triangle[lo - first : hi - first], (full * mask.block, 0), value=True) if partial else None
                 yield _Tile(
                     (b, slice(lo - rows.start, hi - rows.start), h),
                     q_BTHD[b, lo - offset : hi - offset, h],
