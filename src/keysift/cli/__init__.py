@@ -1,0 +1,62 @@
+"""The command line: ``keysift generate | methods | info``, one file a command.
+
+This file holds the app and the error boundary: whatever the user got wrong ends as one line on standard error
+and exit code 2. Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import Annotated
+
+import torch
+import typer
+
+from keysift import __version__
+from keysift.cli import generate, info, methods
+
+app = typer.Typer(
+    name="keysift",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: one line an option, which grep can find
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.command)
+app.command("methods")(methods.command)
+app.command("info")(info.command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Long-context inference that reads fewer keys."""
+    if show_version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line (``sys.argv`` by default) and return its exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a generation
+    try:
+        return app(args, prog_name="keysift", standalone_mode=False) or 0
+    except typer.TyperException as error:  # an option or argument that cannot be parsed
+        return fail(error.format_message())
+    except ValueError as error:
+        return fail(str(error))
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return fail(f"out of memory: {str(error).partition('. ')[0]}", code=1)
+        raise
+
+
+def fail(message: str, code: int = 2) -> int:
+    typer.echo(f"keysift: {' '.join(message.split())}", err=True)
+    return code

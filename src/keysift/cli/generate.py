@@ -1,0 +1,166 @@
+"""``keysift generate``: continue a prompt with sparse attention, and say what it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from rich.console import Console
+from typer import Argument as argument
+from typer import Exit
+from typer import Option as option
+
+import keysift
+from keysift import pocket
+from keysift.cli.model import encode, load, new_tokens_allowed, pick_device, pick_dtype, read_prompt
+from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
+from keysift.methods import parse
+
+DEFAULT_NEW_TOKENS = 256
+INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
+
+
+class Generation(NamedTuple):
+    """What came out, and what it took."""
+
+    text: str
+    token_ids: list[int]
+    stats: dict[str, float | int | None]
+    interrupted: bool
+
+
+def command(
+    dash: Annotated[str | None, argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
+    model: Annotated[
+        str | None, option(metavar="PATH", show_default="the shipped pocket model", help="Model folder or hub id.")
+    ] = None,
+    prompt: Annotated[str | None, option(metavar="TEXT", help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, option(metavar="FILE", help="UTF-8 file with the prompt; - as above.")] = None,
+    prefill: Annotated[str, option(metavar="SPEC", help="How the prompt is read: name[:key=value,...].")] = "dense",
+    decode: Annotated[str, option(metavar="SPEC", help="How new tokens read the past, likewise.")] = "dense",
+    max_new_tokens: Annotated[
+        int | None, option(metavar="N", show_default=f"{DEFAULT_NEW_TOKENS}, or what fits", help="When to stop.")
+    ] = None,
+    temperature: Annotated[float, option(metavar="T", help="0 takes the likeliest token every time.")] = 0.0,
+    top_p: Annotated[float, option(metavar="P", help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, option(metavar="N", help="For sampling, and for methods that draw.")] = 0,
+    chat: Annotated[bool, option("--chat", help="Apply the model's chat template.")] = False,
+    device: Annotated[str, option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str,
+        option(metavar="T", help="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16."),
+    ] = "auto",
+    prefill_chunk: Annotated[int | None, option(metavar="N", help="Read the prompt N tokens at a time.")] = None,
+    as_json: Annotated[bool, option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Continue a prompt. The text goes to standard output as it comes, all else to standard error."""
+    methods = {"prefill": parse(prefill, "prefill"), "decode": parse(decode, "decode")}
+    choice = sampling(temperature, top_p)
+    check_range("seed", seed, 0, 2**63 - 1)
+    check_range("max_new_tokens", max_new_tokens, 1)
+    check_range("prefill_chunk", prefill_chunk, 1)
+    text = read_prompt(prompt, prompt_file, dash)
+    where = pick_device(device)
+    console = Console(stderr=True)
+    with console.status("Loading the model"):
+        lm, tokenizer = load(model or str(pocket.path()), where, pick_dtype(dtype, where))
+    inputs = encode(tokenizer, text, chat, lm.get_input_embeddings().num_embeddings)
+    allowed = new_tokens_allowed(lm.config, inputs["input_ids"].shape[-1], max_new_tokens, DEFAULT_NEW_TOKENS)
+
+    arguments = {
+        **{key: value.to(where) for key, value in inputs.items()},
+        **choice,
+        "prefill_chunk_size": prefill_chunk,
+        "max_new_tokens": allowed,
+    }
+    torch.manual_seed(seed)
+    with keysift.attach(lm, **methods, seed=seed) as attachment:
+        out = run(lm, tokenizer, arguments, attachment, console, no_text if as_json else write)
+    if as_json:
+        print(json.dumps(out._asdict()))
+    else:
+        console.print(closing_line(out), highlight=False, soft_wrap=True)
+    if out.interrupted:
+        raise Exit(INTERRUPTED)
+
+
+def check_range(name: str, value: int | None, low: int, high: float = math.inf) -> None:
+    if value is not None and not low <= value <= high:
+        raise ValueError(f"{name}={value}: choose {low} or more" + (f", up to {high}" if high < math.inf else ""))
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Arguments of ``generate()``; what they do not name stays as the model's own generation config has it."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: choose 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
+    if temperature == 0:
+        return {"do_sample": False, "num_beams": 1}
+    return {"do_sample": True, "num_beams": 1, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def run(
+    lm: Any,
+    tokenizer: Any,
+    arguments: dict[str, Any],
+    attachment: keysift.Attachment,
+    console: Console,
+    write: Callable[[str], None],
+) -> Generation:
+    """Generate, with a bar over prefill and the text as it comes; Ctrl-C ends it early and keeps what there is."""
+    prompt_tokens = arguments["input_ids"].shape[-1]
+    chunks = math.ceil(prompt_tokens / (arguments["prefill_chunk_size"] or prompt_tokens))
+    interrupted = False
+    start = time.perf_counter()
+    with prefill_bar(lm, prompt_tokens, chunks, console) as end_bar:
+        stream = Stream(tokenizer, write, on_first_token=end_bar)
+        try:
+            with stop_between_tokens(stream):
+                lm.generate(**arguments, streamer=stream)
+        except KeyboardInterrupt:
+            interrupted = True
+    stream.end()
+    text = stream.text
+    if text and not text.endswith("\n"):
+        write("\n")
+    measured = attachment.stats
+    stats = {
+        **stream.speed(start),
+        "prefill_density": measured.prefill_density,
+        "kept_fraction": measured.kept_fraction,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(stream.token_ids),
+    }
+    return Generation(text, stream.token_ids, stats, interrupted)
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def no_text(text: str) -> None:
+    """In place of `write`: the JSON object carries the text."""
+
+
+def closing_line(out: Generation) -> str:
+    stats = out.stats
+
+    def show(key: str, form: str) -> str:
+        return "n/a" if stats[key] is None else form.format(stats[key])
+
+    parts = [
+        f"{stats['prompt_tokens']:,} prompt tokens, {stats['new_tokens']:,} new",
+        f"first token after {show('ttft_s', '{:.2f} s')}",
+        f"{show('tokens_per_s', '{:.1f}')} tokens/s",
+        f"prefill density {show('prefill_density', '{:.3f}')}",
+        f"kept fraction {show('kept_fraction', '{:.3f}')}",
+    ]
+    return "; ".join((["interrupted"] if out.interrupted else []) + parts)

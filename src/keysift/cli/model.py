@@ -1,0 +1,186 @@
+"""A model and a prompt from outside, checked: what cannot work is a ValueError that says why, before anything runs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def read_prompt(text: str | None, file: Path | None, dash: str | None) -> str:
+    """The prompt from the one source that was given, exactly as it stands there, less a byte order mark."""
+    if sum(source is not None for source in (text, file, dash)) != 1:
+        raise ValueError("give one prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    if dash is not None and dash != "-":
+        raise ValueError(f"unexpected argument {dash!r}: pass text with --prompt, or - for standard input")
+    if dash is not None or file == Path("-"):
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
+        source, data = "standard input", sys.stdin.buffer.read()
+    elif file is not None:
+        source, data = str(file), read_bytes(file)
+    else:
+        assert text is not None
+        source, data = "--prompt", text.encode("utf-8", errors="surrogateescape")
+    try:
+        prompt = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from error
+    if not prompt.strip():
+        raise ValueError(f"the prompt from {source} is empty")
+    return prompt
+
+
+def read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name}: choose auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device={name}: PyTorch sees {count} CUDA devices here; `keysift info` says more")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> Any:
+    """``auto`` is the checkpoint's own type on a GPU, and float32 on a CPU, where half types are often slower."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name}: choose {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+def load(name: str, device: torch.device, dtype: Any) -> tuple[Any, Any]:
+    """The causal LM and the tokenizer of a folder or, where there is no such folder, of a Hugging Face hub id."""
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    local = is_folder(name)
+    with one_error(name, "configuration", local):
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+    check_causal(name, config)
+    with one_error(name, "tokenizer", local):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise ValueError(f"model={name} has no tokenizer: its files (tokenizer.json, ...) belong beside config.json")
+    with one_error(name, "weights", local):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, local_files_only=local
+        )
+        model, report = loaded
+        model = model.to(device).eval()
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model={name} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model, tokenizer
+
+
+def is_folder(name: str) -> bool:
+    """Whether ``name`` is a model folder here; False means that it may be a hub id."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model={name} has no config.json: not a Hugging Face model folder")
+        return True
+    if path.exists():
+        raise ValueError(f"model={name} is a file: give the folder that holds it")
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"model={name}: no such folder")
+    return False
+
+
+@contextmanager
+def one_error(name: str, part: str, local: bool) -> Iterator[None]:
+    """Turn whatever a broken folder or an unreachable hub raises (many types) into one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        where = "" if local else " (no such folder here, so looked up on the Hugging Face hub)"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot load the {part} of model={name}{where}: {reason[:300]}") from error
+
+
+def check_causal(name: str, config: Any) -> None:
+    """Refuse encoders and encoder-decoders: transformers would load some of them as causal models with random heads."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    known = (causal,) if isinstance(causal, str) else tuple(causal or ())
+    stored = tuple(config.architectures or known)
+    if getattr(config, "is_encoder_decoder", False) or not set(stored) & set(known):
+        what = ", ".join(config.architectures or (config.model_type,))
+        raise ValueError(f"model={name} is not a causal language model: its config says {what}")
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, each ``[1, prompt tokens]``, for a model that knows ``vocabulary`` ids."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out")
+        message, form = {"role": "user", "content": prompt}, {"return_dict": True, "return_tensors": "pt"}
+        try:
+            encoded = tokenizer.apply_chat_template([message], add_generation_prompt=True, **form)
+        except Exception as error:  # templates are programs of the checkpoint's
+            raise ValueError(f"--chat: the model's chat template fails: {error}") from error
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    token_ids = encoded["input_ids"]
+    if token_ids.numel() == 0:
+        raise ValueError("the prompt has no tokens")
+    if (largest := int(token_ids.max())) >= vocabulary:
+        raise ValueError(f"tokenizer and model do not match: token {largest}, but the model knows {vocabulary} tokens")
+    return {"input_ids": token_ids, "attention_mask": encoded["attention_mask"]}
+
+
+def context_tokens(config: Any) -> int | None:
+    """How many tokens the model was made for, its RoPE scaling included; None where the config does not say."""
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is None or "factor" not in rope:
+        return limit
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(limit * rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        return max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
+    return limit
+
+
+def new_tokens_allowed(config: Any, prompt_tokens: int, asked: int | None, default: int) -> int:
+    """``asked``, or ``default`` cut to what fits; an error that says by how much the context is exceeded."""
+    limit = context_tokens(config)
+    if limit is None:
+        return asked or default
+    room = limit - prompt_tokens
+    if room < 1:
+        over = prompt_tokens + 1 - limit
+        raise ValueError(
+            f"the prompt has {prompt_tokens:,} tokens, and the model's context of {limit:,} must hold a new one too:"
+            f" shorten the prompt by {over:,}"
+        )
+    if asked is not None and asked > room:
+        raise ValueError(
+            f"{prompt_tokens:,} prompt tokens and {asked:,} new ones exceed the model's context of {limit:,} by"
+            f" {asked - room:,}: ask for at most {room:,} with --max-new-tokens"
+        )
+    return asked or min(default, room)
