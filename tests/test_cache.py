@@ -7,6 +7,7 @@ from keysift.methods import parse
 from keysift.types import Ctx
 
 QUEST = parse("quest:page=4,window=8", "decode")
+Q = torch.randn(2, 4, 6)
 
 
 def rows(n, batch=2, seed=0):
@@ -48,9 +49,9 @@ def test_selecting_sequences_takes_everything_along():
     store.start = torch.tensor([0, 5, 9])
     store.end_prefill(torch.randn(3, 60, 4, 6), 7)
     ctx = Ctx(0, 1.0, store.view().length)
-    before = store.index(QUEST, store.middle(QUEST), ctx)
+    before = store.index(QUEST, store.middle(QUEST), Q, ctx)
     store.select(torch.tensor([2, 2, 0, 1]))
-    after = store.index(QUEST, store.middle(QUEST), ctx)
+    after = store.index(QUEST, store.middle(QUEST), Q, ctx)
     for a, b in zip(before, after, strict=True):
         assert torch.equal(b, a[[2, 2, 0, 1]])
     assert store.start.tolist() == [9, 9, 0, 5]
@@ -73,10 +74,10 @@ def test_another_method_or_seed_builds_side_data_of_its_own():
     store.end_prefill(torch.randn(2, 60, 4, 6), 0)
     ctx = Ctx(1, 1.0, store.view().length)
     pig = parse("magicpig:K=3,L=4,window=8", "decode")
-    first = store.index(pig, store.middle(pig), ctx)
-    assert store.index(pig, store.middle(pig), ctx) is first
-    assert not torch.equal(store.index(pig, store.middle(pig), ctx._replace(seed=1)).codes, first.codes)
-    assert type(store.index(QUEST, store.middle(QUEST), ctx)) is not type(first)
+    first = store.index(pig, store.middle(pig), Q, ctx)
+    assert store.index(pig, store.middle(pig), Q, ctx) is first
+    assert not torch.equal(store.index(pig, store.middle(pig), Q, ctx._replace(seed=1)).codes, first.codes)
+    assert type(store.index(QUEST, store.middle(QUEST), Q, ctx)) is not type(first)
 
 
 def test_the_last_queries_of_a_prompt_are_kept_across_chunks():
@@ -85,8 +86,52 @@ def test_the_last_queries_of_a_prompt_are_kept_across_chunks():
     for lo, hi in ((0, 30), (30, 47), (47, 50)):
         store.append(rows(hi - lo, seed=lo), rows(hi - lo, seed=lo))
         store.end_prefill(q[:, lo:hi], method.tail)
-        seen.append(store.index(method, store.middle(method), Ctx(0, 1.0, store.view().length)))
+        seen.append(store.index(method, store.middle(method), q[:, -1], Ctx(0, 1.0, store.view().length)))
     whole = Store()
     whole.append(store.keys, store.values)
     whole.end_prefill(q, method.tail)
-    assert torch.equal(seen[-1].rows, whole.index(method, whole.middle(method), Ctx(0, 1.0, store.view().length)).rows)
+    assert torch.equal(
+        seen[-1].rows, whole.index(method, whole.middle(method), q[:, -1], Ctx(0, 1.0, store.view().length)).rows
+    )
+
+
+def test_queries_of_an_earlier_turn_do_not_pass_for_the_last_of_the_prompt():
+    """Generated tokens lie between two turns: only the new turn's queries are the prompt's last rows."""
+    store, q = Store(), torch.randn(2, 40, 4, 6)
+    store.append(rows(30), rows(30))
+    store.end_prefill(q[:, :30], 8)
+    store.append(rows(4), rows(4))  # generated
+    store.append(rows(3), rows(3))
+    store.end_prefill(q[:, 30:33], 8)
+    assert torch.equal(store._tail, q[:, 30:33])
+    store.append(rows(7), rows(7))
+    store.end_prefill(q[:, 33:], 8)
+    assert torch.equal(store._tail, q[:, 32:])
+
+
+def test_the_kept_queries_do_not_hold_the_whole_prompts_memory():
+    store = Store()
+    store.append(rows(500), rows(500))
+    store.end_prefill(torch.randn(2, 500, 4, 6), 8)
+    assert store._tail.untyped_storage().nbytes() == 2 * 8 * 4 * 6 * 4
+
+
+def test_a_store_filled_in_inference_mode_works_outside_of_it():
+    pig = parse("magicpig:K=3,L=4,window=8", "decode")
+    for method in (QUEST, pig):
+        store, ctx = Store(), Ctx(1, 1.0, torch.tensor([60, 60]))
+        with torch.inference_mode():
+            store.append(rows(60), rows(60))
+            store.end_prefill(torch.randn(2, 60, 4, 6), 0)
+            store.index(method, store.middle(method), Q, ctx)
+        for _ in range(3):
+            store.append(rows(1), rows(1))
+            store.index(method, store.middle(method), Q, ctx)
+        store.append(rows(2000), rows(2000))
+        store.index(method, store.middle(method), Q, ctx)
+
+
+def test_rows_that_no_prefill_wrote_are_prompt_but_the_newest():
+    store, snapkv = Store(), parse("snapkv:window=8,budget=20", "decode")
+    store.append(rows(60), rows(60))
+    assert store.middle(snapkv).end.tolist() == [59 - 8] * 2

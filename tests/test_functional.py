@@ -129,6 +129,38 @@ def test_decode_takes_one_query():
         keysift.decode_attention(Q, K, V)
 
 
+def test_tail_queries_are_checked_like_queries():
+    for tail_q, message in (
+        (Q[:, -8:, :2], "tail_q has 2 heads and q has 4"),
+        (Q[:, -8:] * math.nan, "tail_q holds NaN"),
+        ([1], "tail_q is list"),
+        (Q[:, -8:].bfloat16(), "differ in dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keysift.decode_attention(Q[:, -1:], K, V, "snapkv:budget=20,window=8", tail_q=tail_q)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_must_be_positive_and_finite(scale):
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
+        keysift.prefill_attention(Q, K, V, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": None}, "gamma=None: must be of type float"),
+        ({"gamma": "0.9"}, "gamma='0.9': must be of type float"),
+        ({"min_budget": 10.5}, "min_budget=10.5: must be of type int"),
+        ({"block_size": True}, "block=True: must be of type int"),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        keysift.flex_prefill_attention(Q, K, V, **options)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(("gamma", "block"), [(0, 128), (1.5, 128), (-0.1, 128), (0.9, 48)])
 def test_flexprefill_options_out_of_bounds_are_refused(gamma, block):
     with pytest.raises(ValueError, match=f"{'gamma' if block == 128 else 'block'}="):

@@ -8,9 +8,11 @@ import transformers as hf
 from transformers import DynamicCache, StaticCache
 
 import keysift
+from keysift.cache import Store
 from keysift.hf import SHORT_RUN
+from keysift.methods import quest
 from tests.helpers import close
-from tests.tiny_models import HAS_FULL_ATTENTION, MODELS, build, prompt, tiny
+from tests.tiny_models import HAS_FULL_ATTENTION, MODELS, SIZES, build, prompt, tiny
 
 RAGGED = (0, 13, 41)
 SPARSE_DECODE = [
@@ -43,7 +45,7 @@ def generate(model, inputs, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("pads", [(0,), RAGGED], ids=["batch-1", "ragged"])
+@pytest.mark.parametrize("pads", [(0,), RAGGED, (13,), (13, 13)], ids=["batch-1", "ragged", "padded-1", "padded-2"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -51,9 +53,10 @@ def generate(model, inputs, **options):
         {"do_sample": True, "temperature": 1.3, "top_p": 0.9},
         {"num_beams": 3},
         {"prefill_chunk_size": 23},
+        {"prefill_chunk_size": 7},
         {"use_cache": False, "max_new_tokens": 4},
     ],
-    ids=["greedy", "sampling", "beams", "chunks", "no-cache"],
+    ids=["greedy", "sampling", "beams", "chunks", "chunks-of-padding", "no-cache"],
 )
 def test_dense_generates_the_tokens_of_sdpa(name, pads, options):
     model, inputs = tiny(name), prompt(70, pads)
@@ -82,6 +85,20 @@ def test_dense_logits_of_a_second_turn_over_the_same_cache_are_those_of_sdpa(nam
         assert torch.equal(two_turns(DynamicCache(config=model.config)), expected)
         assert torch.equal(two_turns(keysift.KVCache(model.config)), expected)
         assert torch.equal(two_turns(DynamicCache()), expected)
+
+
+@pytest.mark.parametrize("pads", [(13,), (13, 13), RAGGED])
+@pytest.mark.parametrize("spec", SPARSE_PREFILL)
+def test_padding_is_neither_read_nor_counted(spec, pads):
+    model, inputs = tiny("qwen3"), prompt(150, pads)
+    with keysift.attach(model, prefill=spec) as sift:
+        logits = model(**inputs).logits
+        padded = sift.stats.prefill_density
+        sift.reset_stats()
+        for b, p in enumerate(pads):
+            assert close(logits[b, p:], model(inputs["input_ids"][b : b + 1, p:]).logits[0])
+    assert sift.stats.prefill_density == pytest.approx(padded)
+    assert padded < 1
 
 
 @pytest.mark.parametrize("name", ["llama-llama3-rope-gqa", "gemma3"])
@@ -179,16 +196,19 @@ def test_xattention_in_chunks_of_whole_blocks_equals_whole(chunk):
 
 
 @pytest.mark.parametrize("decode", SPARSE_DECODE)
-def test_beams_keep_their_side_data(decode):
-    """One beam of several must give what the beam would alone: greedy equals the best of identical beams."""
+def test_beams_keep_their_side_data(decode, monkeypatch):
+    """Long enough that beams cross and generated tokens leave the window: as if all side data were built afresh."""
     model, inputs = tiny("qwen3"), prompt(70, RAGGED)
+    options = {"num_beams": 3, "max_new_tokens": 30, "do_sample": True, "temperature": 2.0}
+    moved, select = [], Store.select
+    monkeypatch.setattr(Store, "select", lambda store, rows: (moved.append(rows.tolist()), select(store, rows)))
     with keysift.attach(model, decode=decode):
-        beams = generate(model, inputs, num_beams=3)
-        again = generate(model, inputs, num_beams=3)
-        assert torch.equal(beams, again)
-        for b, pads in enumerate(RAGGED):
-            alone = generate(model, {"input_ids": inputs["input_ids"][b : b + 1, pads:]}, num_beams=3)
-            assert torch.equal(beams[b, 70:], alone[0, 70 - pads :])
+        beams = generate(model, inputs, **options)
+        if "snapkv" not in decode:  # its choice belongs to the prompt's end
+            truncate = Store._index_of
+            monkeypatch.setattr(Store, "_index_of", lambda s, *a: (setattr(s, "_built_by", None), truncate(s, *a))[1])
+        assert torch.equal(generate(model, inputs, **options), beams)
+    assert any(rows != sorted(rows) for rows in moved)
 
 
 @pytest.mark.parametrize("decode", SPARSE_DECODE)
@@ -326,6 +346,83 @@ def test_packed_sequences_do_not_see_each_other():
     expected = model(ids, position_ids=position_ids, use_cache=False).logits
     with keysift.attach(model):
         assert close(model(ids, position_ids=position_ids, use_cache=False).logits, expected)
+
+
+def test_an_attached_assistant_drafts_sparsely_and_keeps_its_side_data(monkeypatch):
+    model, helper, inputs = tiny("qwen3"), tiny("llama-linear-rope-mha"), prompt(70)
+    built, build = [], quest.Method.build
+    monkeypatch.setattr(quest.Method, "build", lambda self, *args: (built.append(1), build(self, *args))[1])
+    expected = generate(model, inputs, max_new_tokens=20)
+    with keysift.attach(helper, decode="quest:keep=0.2,page=4,window=8,dense_layers=none") as sift:
+        assert torch.equal(generate(model, inputs, assistant_model=helper, max_new_tokens=20), expected)
+        assert sift.stats.kept_fraction < 0.8
+    assert len(built) == helper.config.num_hidden_layers
+
+
+def test_a_cache_filled_before_attaching_is_read_sparsely():
+    model, inputs = tiny("qwen3"), prompt(70)
+    for decode in ("snapkv:budget=20,window=8", "magicpig:K=3,L=10,window=8,dense_layers=none,mode=seed"):
+        kept = []
+        for cache in (keysift.KVCache(model.config), DynamicCache(config=model.config)):
+            model(**inputs, past_key_values=cache)
+            with keysift.attach(model, decode=decode) as sift:
+                model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+                kept.append(sift.stats.kept_fraction)
+        assert kept[0] == pytest.approx(kept[1], abs=0.1)
+        assert kept[0] < 0.8
+
+
+def test_snapkv_without_the_prompts_queries_chooses_by_the_query_at_hand():
+    """Not by position: ties of empty votes would keep the first keys."""
+    model, inputs = tiny("qwen3"), prompt(70)
+    cache = DynamicCache(config=model.config)
+    model(**inputs, past_key_values=cache)
+    with keysift.attach(model, decode="snapkv:budget=20,window=8"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    rows = cache.layers[0].store._index.rows
+    assert rows.shape == (1, 2, 12)
+    assert rows.max() > 12
+
+
+@pytest.mark.parametrize("decode", SPARSE_DECODE)
+def test_a_cache_made_in_inference_mode_goes_on_in_generate(decode):
+    model, inputs = tiny("qwen3"), prompt(70)
+    with keysift.attach(model, decode=decode):
+        cache = keysift.KVCache(model.config)
+        with torch.inference_mode():
+            model(input_ids=inputs["input_ids"][:, :60], past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, 60:61], past_key_values=cache)
+        assert generate(model, inputs, past_key_values=cache, max_new_tokens=12).shape == (1, 82)
+
+
+def test_copies_of_an_attached_model_are_refused():
+    model = build("Qwen3")
+    with keysift.attach(model), pytest.raises(ValueError, match=r"keysift.detach\(model\) before copying"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_detach_restores_the_attention_of_every_part():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    text = {**SIZES, "sliding_window": 24}
+    model = hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(text_config=text, vision_config=vision))
+    model.set_attn_implementation({"vision_config": "eager"})
+
+    def parts():
+        return [c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)]
+
+    before = parts()
+    assert len(set(before)) == 2
+    with keysift.attach(model):
+        assert model.config.text_config._attn_implementation == "keysift"
+    assert parts() == before
+
+
+def test_models_that_rearrange_cached_values_are_refused():
+    model = build("DiffLlama")
+    with keysift.attach(model), pytest.raises(ValueError, match="rearranges cached keys or values"):
+        generate(model, prompt(70))
 
 
 @pytest.mark.parametrize(

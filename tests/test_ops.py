@@ -181,7 +181,7 @@ def test_magicpig_law_matches_collision_rate():
     k = torch.zeros(5, dim)
     k[:, 0], k[:, 1] = angles.cos(), angles.sin()
     w = projections(0, 0, trials, dim, bits * tables, torch.device("cpu"))
-    hits = match_codes(hash_codes(q, w, bits)[:, None], hash_codes(k.expand(trials, -1, -1), w, bits)[:, None])
+    hits = match_codes(hash_codes(q, w, bits)[:, None], hash_codes(k.expand(trials, -1, -1), w, bits).mT[:, None])
     rate = (hits[:, 0] >= 2).double().mean(0)
     law = collision_log_probability(angles.cos(), bits, tables).double().exp()
     assert ((rate - law).abs() < 4.5 * (law * (1 - law) / trials).sqrt() + 1e-3).all()

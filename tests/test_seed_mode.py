@@ -60,7 +60,7 @@ def test_flexprefill_seed_cases_cover_both_branches():
 def test_magicpig_retrieves_and_estimates_what_the_published_code_does(path):
     case, data = load(path)
     q, k, v, mean, w = (data[f"{n}_bf16"] for n in ("q", "k", "v", "mean", "W"))
-    hits = match_codes(hash_codes(q, w, case["K"])[None], hash_codes(k - mean, w, case["K"])[None])
+    hits = match_codes(hash_codes(q, w, case["K"])[None], hash_codes(k - mean, w, case["K"]).mT[None])
     assert torch.equal((hits >= 2)[0], data["retrieved"])
     kv = KV.of(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
     selection = Selection.of(hits >= 2, CollisionLaw(mean[None, :, 0], case["K"], case["L"], floor=1e-4))
@@ -75,13 +75,13 @@ def test_magicpig_seed_method_follows_the_published_steps():
     method = magicpig.Method(K=8, L=75, mode="seed")
     kv = KV.of(k, k)
     middle = kv.between(kv.start + 4, kv.end - 64)
-    indices = [method.build(middle, q[:, None], Ctx(layer, 1.0, kv.length, seed=3)) for layer in (1, 2)]
+    indices = [method.build(middle, kv, q[:, None], Ctx(layer, 1.0, kv.length, seed=3)) for layer in (1, 2)]
     assert torch.equal(indices[0].w.tensor, indices[1].w.tensor)
     mean = k[:, 4:-64].float().mean(1).to(k.dtype)
     assert torch.equal(indices[0].mean, mean)
     centred = (k - mean[:, None])[0].transpose(0, 1)
-    codes = hash_codes(centred, indices[0].w.tensor, 8)
-    assert torch.equal(indices[0].codes[0, :, 4:-64], codes[:, 4:-64])
+    codes = hash_codes(centred, indices[0].w.tensor, 8).mT
+    assert torch.equal(indices[0].codes[0, ..., 4:-64], codes[..., 4:-64])
     chosen = method.select(q, middle, indices[0], Ctx(1, 1.0, kv.length, seed=3))
     hits = match_codes(hash_codes(q[0].view(2, 4, -1), indices[0].w.tensor, 8).flatten(0, 1)[None], codes[None])[0]
     expected = hits[:, 4:-64] >= 2

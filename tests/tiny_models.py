@@ -42,6 +42,7 @@ MODELS = {
         "Gemma3",
         {"sliding_window": 24, "query_pre_attn_scalar": 16, "layer_types": MIXED, "tie_word_embeddings": False},
     ),
+    "gpt-neox": ("GPTNeoX", {}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 HAS_FULL_ATTENTION = [name for name in MODELS if name != "mistral-sliding-window"]

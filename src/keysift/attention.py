@@ -62,16 +62,17 @@ def prefill(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the last T positions, over the blocks that ``method`` chooses.
 
-    A ragged batch goes one sequence at a time; queries before a sequence's first token get zeros. A layer with a
-    sliding window of its own stays dense within it.
+    A ragged or padded batch goes one sequence at a time; queries before a sequence's first token get zeros. A layer
+    with a sliding window of its own stays dense within it.
 
     Returns:
         Output in q's dtype ``[B, T, H, Dv]``, and the log-sum-exp, fp32 ``[B, T, H]``, if asked for.
     """
-    if len(kv.length) > 1 and bool((kv.length != kv.length[0]).any() or (kv.start != kv.start[0]).any()):
+    lengths, starts = kv.length.tolist(), kv.start.tolist()
+    if len({*lengths}) > 1 or len({*starts}) > 1 or lengths[0] < q_BTHD.shape[1]:
         return _prefill_ragged(q_BTHD, kv, method, ctx, meter, window, with_lse)
     batch, tokens, heads = q_BTHD.shape[:3]
-    keys = int(kv.length[0])
+    keys = lengths[0]
     positions = range(keys - tokens, keys)
     exact = window is not None or ctx.layer in method.dense_layers
     plan = None if exact else method.plan(q_BTHD, kv, ctx)
@@ -121,7 +122,7 @@ def decode(
     kv, selection = store.view(), None
     middle = store.middle(method)
     if ctx.layer not in method.dense_layers and bool((middle.length > 0).any()):
-        selection = method.select(q_BHD, middle, store.index(method, middle, ctx), ctx)
+        selection = method.select(q_BHD, middle, store.index(method, middle, q_BHD, ctx), ctx)
     total = float(kv.length.sum()) * q_BHD.shape[1]
     if selection is None:
         meter.keys[0] += total

@@ -45,7 +45,8 @@ class Store:
         """Add T rows to every sequence."""
         end = self.length + k_BKTD.shape[2]
         if self._k is None or self._v is None:
-            self.start = torch.zeros(k_BKTD.shape[0], dtype=torch.int64, device=k_BKTD.device)
+            with torch.inference_mode(False):
+                self.start = torch.zeros(k_BKTD.shape[0], dtype=torch.int64, device=k_BKTD.device)
         elif k_BKTD.shape[0] != self._k.shape[0]:
             raise ValueError(f"batch of {k_BKTD.shape[0]} for a cache of {self._k.shape[0]} sequences")
         self._k = _with_room(self._k, k_BKTD, self.length, end)
@@ -62,22 +63,40 @@ class Store:
 
     def end_prefill(self, q_BTHD: Tensor, tail: int) -> None:
         """Note that the rows so far are prompt, and keep its last ``tail`` queries."""
-        seen = q_BTHD if self._tail is None else torch.cat([self._tail, q_BTHD], 1)
-        self._tail = seen[:, -tail:] if tail else None
+        follows = self._tail is not None and self.prompt == self.length - q_BTHD.shape[1]
+        newest = q_BTHD[:, max(0, q_BTHD.shape[1] - tail) :]
+        if self._tail is not None and follows:
+            newest = torch.cat([self._tail, newest], 1)[:, -tail:] if tail else newest
+        self._tail = newest.clone() if tail else None  # a view would keep all queries of the prompt alive
         self.prompt = self.length
         self._built_by = None
 
     def middle(self, method: Decode) -> KV:
         """The rows that ``method`` may choose from: all but its sinks and its window."""
         kv = self.view()
+        if not self.prompt:  # rows that came by other ways than prefill: all but the newest are prompt
+            self.prompt = self.length - 1
         last = self.length if method.grows else self.prompt
         return kv.between(kv.start + method.sinks, torch.full_like(kv.start, last - method.window))
 
-    def index(self, method: Decode, middle: KV, ctx: Ctx) -> Any:
-        """Side data of ``method`` for the middle, built or extended as needed."""
+    def index(self, method: Decode, middle: KV, q_BHD: Tensor, ctx: Ctx) -> Any:
+        """Side data of ``method`` for the middle, built or extended as needed.
+
+        Where the prompt's last queries are not known (another attention read it, or it was cut), the query at hand
+        stands in for them.
+        """
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # side data made in inference mode could not be extended later
+            return self._index_of(method, middle, q_BHD, ctx)
+
+    def _index_of(self, method: Decode, middle: KV, q_BHD: Tensor, ctx: Ctx) -> Any:
         if self._built_by != (method, ctx.seed):
-            tail = self._tail if self._tail is not None else middle.k.new_zeros(middle.k.shape[0], 0, 1, 1)
-            self._index, self._built_by = method.build(middle, tail, ctx), (method, ctx.seed)
+            kv = self.view()
+            prompt = kv.between(kv.start, torch.full_like(kv.start, self.prompt))
+            tail = q_BHD[:, None] if self._tail is None else self._tail
+            self._index, self._built_by = method.build(middle, prompt, tail, ctx), (method, ctx.seed)
         elif method.grows and self._indexed is not None and bool((middle.end > self._indexed).any()):
             self._index = method.append(self._index, middle, torch.minimum(self._indexed, middle.end), ctx)
         self._indexed = middle.end
@@ -111,7 +130,8 @@ def _with_room(buffer: Tensor | None, like: Tensor, used: int, needed: int) -> T
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     capacity = -(-max(needed + 1, used + used // 4) // ROOM) * ROOM
-    larger = like.new_empty(*like.shape[:2], capacity, like.shape[3])
+    with torch.inference_mode(False):  # a cache made in inference mode may be used outside of it
+        larger = torch.empty(*like.shape[:2], capacity, like.shape[3], dtype=like.dtype, device=like.device)
     if buffer is not None:
         larger[:, :, :used] = buffer[:, :, :used]
     return larger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def prefill_attention(
     chosen = parse(method, "prefill")
     _validate(q, k, v, check)
     kv, meter = KV.of(k, v), Meter(measure_mass)
-    ctx = Ctx(layer, q.shape[-1] ** -0.5 if scale is None else scale, kv.length - 1, seed)
+    ctx = Ctx(layer, _scale(scale, q.shape[-1]), kv.length - 1, seed)
     out, lse = prefill(q, kv, chosen, ctx, meter, with_lse=return_lse)
     return _pack(out, lse, meter, return_stats)
 
@@ -95,10 +96,14 @@ def decode_attention(
     _validate(q, k, v, check)
     if q.shape[1] != 1:
         raise ValueError(f"q has {q.shape[1]} tokens: decode takes 1; use prefill_attention for more")
+    if tail_q is not None:
+        _validate(tail_q, k, v, check, name="tail_q")
+        if tail_q.shape[2] != q.shape[2]:
+            raise ValueError(f"tail_q has {tail_q.shape[2]} heads and q has {q.shape[2]}")
     store, meter = Store(), Meter()
     store.append(k.transpose(1, 2), v.transpose(1, 2))
     store.end_prefill(q if tail_q is None else tail_q, chosen.tail)
-    ctx = Ctx(layer, q.shape[-1] ** -0.5 if scale is None else scale, store.view().length - 1, seed)
+    ctx = Ctx(layer, _scale(scale, q.shape[-1]), store.view().length - 1, seed)
     out, lse = decode(q[:, 0], store, chosen, ctx, meter, with_lse=return_lse)
     return _pack(out[:, None], None if lse is None else lse[:, None], meter, return_stats)
 
@@ -108,8 +113,8 @@ def flex_prefill_attention(
     k: Tensor,
     v: Tensor,
     gamma: float = 0.95,
-    tau: float = 0.1,
-    min_budget: int | None = 1024,
+    tau: float = 0.0,
+    min_budget: int | None = None,
     max_budget: int | None = None,
     gqa_interleave: bool = False,
     softmax_scale: float | None = None,
@@ -122,7 +127,9 @@ def flex_prefill_attention(
     measure_mass: bool = False,
     check: bool = False,
 ) -> Any:
-    """FlexPrefill (arXiv:2502.20766) with its authors' arguments, for any batch, dtype and Tq <= Tk.
+    """FlexPrefill (arXiv:2502.20766) with its authors' arguments and defaults, for any batch, dtype and Tq <= Tk.
+
+    The SPEC ``flexprefill`` has other defaults: tau=0.1, min_budget=1024.
 
     Args:
         q, k, v: as in ``prefill_attention``.
@@ -149,7 +156,7 @@ def flex_prefill_attention(
     if gqa_interleave:
         order = order.view(heads // kv_heads, kv_heads).T.flatten()
     kv, meter = KV.of(k, v), Meter(measure_mass)
-    ctx = Ctx(NO_LAYER, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, kv.length - 1)
+    ctx = Ctx(NO_LAYER, _scale(softmax_scale, q.shape[-1]), kv.length - 1)
     out, lse = prefill(q[:, :, order], kv, method, ctx, meter, with_lse=return_lse)
     back = order.argsort()
     extras: list[Any] = [] if lse is None else [lse[:, :, back]]
@@ -163,9 +170,18 @@ def _pack(out: Tensor, lse: Tensor | None, meter: Meter, return_stats: bool) -> 
     return (out, *extras) if extras else out
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, check: bool) -> None:
-    """Raise ValueError, in one line, for tensors that do not fit together."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _scale(scale: float | None, dim: int) -> float:
+    if scale is None:
+        return dim**-0.5
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: must be above 0 and finite")
+    return scale
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, check: bool, name: str = "q") -> None:
+    """Raise ValueError, in one line, for tensors that do not fit together; ``name`` is what the caller calls q."""
+    named = ((name, q), ("k", k), ("v", v))
+    for name, x in named:
         shape = getattr(x, "shape", None)
         if shape is None or len(shape) != 4:
             found = type(x).__name__ if shape is None else tuple(shape)
@@ -186,6 +202,6 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, check: bool) -> None:
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not divisible by {k.shape[2]} key/value heads")
     if check or q.device.type == "cpu":
-        for name, x in (("q", q), ("k", k)):
+        for name, x in named[:2]:
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{name} holds NaN or inf")

@@ -60,7 +60,10 @@ class RunStats(NamedTuple):
 
 @dataclass(eq=False)
 class Attachment:
-    """Methods at work in a model. As a context manager it detaches at the end."""
+    """Methods at work in a model. As a context manager it detaches at the end.
+
+    One ``generate()`` at a time: prompt and steps of two threads on one model could not be told apart.
+    """
 
     model: PreTrainedModel
     prefill: Any
@@ -83,6 +86,12 @@ class Attachment:
             newest.detach()
         while self._undo:
             self._undo.pop()()
+
+    def __deepcopy__(self, memo: Any) -> Attachment:
+        raise ValueError("this model is attached: call keysift.detach(model) before copying or pickling it")
+
+    def __reduce__(self) -> Any:
+        return self.__deepcopy__(None)
 
     def __enter__(self) -> Attachment:
         return self
@@ -107,7 +116,7 @@ def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense"
     link = Attachment(model, parse(prefill, "prefill"), parse(decode, "decode"), seed)
     modules = _attention_modules(model)
     _refuse_unsupported(model, modules)
-    before = model.config._attn_implementation
+    implementations = {id(m.config): (m, m.config._attn_implementation) for m in reversed(_submodels(model))}
     for holder in (model, *modules):
         _set(holder, "_keysift", link, link._undo)
     if hasattr(model, "_prefill"):
@@ -115,9 +124,10 @@ def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense"
     for module in modules:
         hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
         link._undo.append(hook.remove)
-    if before != NAME:
+    if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
-        link._undo.append(lambda: model.set_attn_implementation(before))
+        for submodel, name in implementations.values():  # undone from the last, the whole model, to its parts
+            link._undo.append(functools.partial(submodel.set_attn_implementation, name))
     return link
 
 
@@ -192,7 +202,8 @@ class KVLayer(DynamicLayer):
         self.store.append(key_states, value_states)
         self._show()
         assert self.keys is not None and self.values is not None
-        self.keys._keysift_store = self.store  # type: ignore[attr-defined]  # how the attention function finds it
+        for tensor in (self.keys, self.values):
+            tensor._keysift_store = self.store  # type: ignore[attr-defined]  # how the attention function finds it
         return self.keys, self.values
 
     def _show(self) -> None:
@@ -259,6 +270,7 @@ def adopt(cache: Cache) -> None:
                 ours.store.prompt = ours.store.length
         elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
             raise ValueError(f"keysift does not support cache layers of type {type(layer).__name__}")
+    cache.__dict__["_keysift"] = True  # layers that it adds later are ours too
 
 
 def attention_function(
@@ -277,20 +289,24 @@ def attention_function(
         Output ``[B, T, H, Dv]``, contiguous, and no attention weights.
     """
     _refuse_arguments(module, dropout, kwargs)
+    link: Attachment | None = module.__dict__.get("_keysift")
+    store: Store | None = getattr(key, "_keysift_store", None)
+    if store is not getattr(value, "_keysift_store", None):
+        raise ValueError(f"{type(module).__name__} rearranges cached keys or values: this model is not supported")
     if not isinstance(attention_mask, Mask):  # a mask of the user's or the model's own: exact, by torch SDPA
         if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
             raise ValueError(f"{type(module).__name__} passes no mask to keysift: this model is not supported")
+        if store is not None and query.shape[2] > 1:
+            store.end_prefill(query.transpose(1, 2), link.decode.tail if link else 0)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    link: Attachment | None = module.__dict__.get("_keysift")
-    store: Store | None = getattr(key, "_keysift_store", None)
     q, scale = query.transpose(1, 2), query.shape[-1] ** -0.5 if scaling is None else scaling
     kv = _view(key, value, attention_mask, store)
     ctx = Ctx(getattr(module, "layer_idx", 0), scale, kv.length - 1, link.seed if link else 0)
     if link is None or attention_mask.window is not None:
         out = _prefill(q, kv, DENSE, ctx, path.Meter(), attention_mask)
-    elif q.shape[1] == 1 and kv.k.shape[1] > 1 and not link.in_prompt:
+    elif q.shape[1] == 1 and kv.k.shape[1] > 1 and not link.in_prompt and (store is not None or link.decode != DENSE):
         if store is None:
-            raise ValueError(f"{type(module).__name__} hides its cache from keysift: this model is not supported")
+            raise ValueError(f"{type(module).__name__} hides its cache from keysift: only dense decode can serve it")
         out = path.decode(q[:, 0], store, link.decode, ctx, link.meter)[0][:, None]
     else:
         past = key.shape[2] - query.shape[2]
@@ -329,8 +345,13 @@ def mask_function(
         )
     window = None if plain else local_size
     valid = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].bool().cpu()
-    if valid is None or bool(valid.all()) and valid.shape[1] == kv_length:
+    if valid is None or bool(valid.all()) and valid.shape[1] >= kv_length:
         return Mask(None, None, window)
+    if valid.shape[1] < kv_length:
+        raise ValueError(
+            f"the attention mask has {valid.shape[1]} tokens for {kv_length} keys: pass one for the whole sequence, and"
+            " a DynamicCache or keysift.KVCache (StaticCache is not supported)"
+        )
     count = valid.sum(1)
     start = torch.where(count > 0, valid.int().argmax(1), kv_length)
     end = start + count
@@ -388,6 +409,11 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
 
 
+def _submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model and its parts that have a config of their own (text and vision, say), outer ones first."""
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+
+
 def _refuse_unsupported(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     """Raise ValueError for the first reason why a model's attention would not be computed right."""
     config = model.config.get_text_config(decoder=True)
@@ -426,19 +452,23 @@ def _refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any])
 
 
 def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if cache is not None and "_keysift" not in cache.__dict__:
         adopt(cache)
 
 
 def _noting_prompts(prefill: Any, link: Attachment) -> Callable[..., Any]:
-    """``model._prefill``, noting while it runs that the tokens are prompt: a chunk may be a single token."""
+    """``model._prefill``, noting while it runs that the tokens are prompt: a chunk may be a single token.
+
+    An assistant calls it again in every round of drafting; only its first one is a prompt.
+    """
 
     @functools.wraps(prefill)
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        link.in_prompt = True
+    def noting(input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        link.in_prompt = not generation_config.is_assistant or cache is None or cache.get_seq_length() == 0
         try:
-            return prefill(*args, **kwargs)
+            return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             link.in_prompt = False
 

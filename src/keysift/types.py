@@ -8,7 +8,7 @@ D head dim, N keys of a view, R rows of a selection, Q query blocks of a mask, C
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -125,7 +125,6 @@ def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return count, index
 
 
-@runtime_checkable
 class Law(Protocol):
     """Importance weights as a function of the query and the rows that were selected."""
 
@@ -218,9 +217,9 @@ class Decode(Method, Protocol):
     @property
     def grows(self) -> bool: ...
 
-    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Any | None:
-        """Side data about the middle after prefill, a NamedTuple of tensors with the batch first; ``tail_q`` holds the
-        last ``tail`` queries of the prompt."""
+    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Any | None:
+        """Side data about the middle ``kv``, a NamedTuple whose tensors have the batch first. ``prompt`` is what
+        prefill wrote, ``tail_q`` its last ``tail`` queries (fewer if it was shorter)."""
         ...
 
     def append(self, index: Any, kv: KV, done: Tensor, ctx: Ctx) -> Any | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import types
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -28,15 +29,30 @@ def option(
 
 
 def check(method: Any) -> None:
-    """Raise ValueError for the first option out of its bounds."""
+    """Raise ValueError for the first option of the wrong type or out of its bounds."""
+    hints = get_type_hints(type(method))
     for f in fields(method):
         value, limits = getattr(method, f.name), f.metadata
+        if not _fits(value, hints[f.name]):
+            wanted = getattr(hints[f.name], "__name__", None) or hints[f.name]
+            raise ValueError(f"{f.name}={value!r}: must be of type {wanted}")
         if value is None:
             continue
         if limits.get("choices"):
             one_of(f.name, value, limits["choices"])
         for item in value if isinstance(value, tuple) else (value,):
             _check_bounds(f.name, item, limits)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is what the annotation says; an int passes as a float, a bool as nothing."""
+    if get_origin(hint) is types.UnionType:
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not isinstance(value, bool)
 
 
 def _check_bounds(name: str, value: Any, limits: Any) -> None:
@@ -84,7 +100,7 @@ class DecodeMethod:
     def __post_init__(self) -> None:
         check(self)
 
-    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Any) -> Any | None:
+    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Any) -> Any | None:
         return None
 
     def append(self, index: Any, kv: KV, done: Tensor, ctx: Any) -> Any | None:

@@ -28,7 +28,7 @@ class Method:
     def mask(self, plan: None, blocks: range) -> BlockMask:
         raise AssertionError("dense has no mask")
 
-    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
+    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
         return None
 
     def append(self, index: None, kv: KV, done: Tensor, ctx: Ctx) -> None:

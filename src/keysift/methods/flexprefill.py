@@ -44,7 +44,4 @@ class Method(PrefillMethod):
         return flex_search(q_BTHD, k, ctx.scale, self.gamma, self.tau, least, most, self.block)
 
     def mask(self, plan: FlexPlan, blocks: range) -> BlockMask:
-        active = plan.active(blocks)
-        if blocks.start == 0:
-            active[:, :, 0, 0] = True  # the authors' lists are padded with block (0, 0)
-        return BlockMask.of(active, self.block, blocks.start)
+        return BlockMask.of(plan.active(blocks), self.block, blocks.start)

@@ -26,8 +26,8 @@ class Index(NamedTuple):
     """Codes of the keys after centring.
 
     Attributes:
-        codes: int16 ``[B, K, S, L]``, by buffer row; rows outside the middle are undefined.
-        mean: what every key is centred with: the mean of the middle when the index was built, ``[B, K, D]``.
+        codes: int16 ``[B, K, L, S]``, by buffer row; rows outside the middle are undefined.
+        mean: what every key is centred with, ``[B, K, D]``.
         w: hash directions, ``[K, D, L * bits]``.
     """
 
@@ -68,29 +68,36 @@ class Method(DecodeMethod):
         """The authors never hash generated tokens; the default does, once they leave the window."""
         return self.mode == "default"
 
-    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index | None:
+    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index | None:
         if self.K == 0:
             return None
         batch, rows, kv_heads, dim = kv.k.shape
-        outside = ~kv.contains()[..., None, None]
-        mean = kv.k.float().masked_fill(outside, 0).sum(1) / kv.length.clamp(min=1)[:, None, None]
+        mean = self._mean(kv, prompt)
         hashes = (ctx.layer, kv_heads) if self.mode == "default" else (0, 1)
         w = projections(ctx.seed, *hashes, dim, self.K * self.L, kv.k.device)
         if self.mode == "seed":
             mean, w = mean.to(kv.k.dtype), w.to(kv.k.dtype)
-        codes = torch.zeros(batch, kv_heads, rows, self.L, dtype=torch.int16, device=kv.k.device)
+        codes = torch.zeros(batch, kv_heads, self.L, rows, dtype=torch.int16, device=kv.k.device)
         return self.append(Index(codes, mean, Shared(w)), kv, kv.start, ctx)
 
     def append(self, index: Index | None, kv: KV, done: Tensor, ctx: Ctx) -> Index | None:
         if index is None:
             return None
-        codes = grown(index.codes, 2, kv.k.shape[1])
+        codes = grown(index.codes, 3, kv.k.shape[1])
         first, last = int(torch.maximum(done, kv.start).min()), int(kv.end.max())
         for lo in range(first, last, HASH_ROWS):
             rows = slice(lo, min(lo + HASH_ROWS, last))
             centred = kv.k[:, rows].transpose(1, 2) - index.mean[:, :, None].to(self._centring(kv))
-            codes[:, :, rows] = hash_codes(centred, index.w.tensor, self.K)
+            codes[..., rows] = hash_codes(centred, index.w.tensor, self.K).transpose(2, 3)
         return index._replace(codes=codes)
+
+    def _mean(self, kv: KV, prompt: KV) -> Tensor:
+        """Mean key to centre with: the authors' over the middle; ours over the prompt less its sinks (or all of it, if
+        it has no more), which does not depend on when a sequence of a batch gets a middle."""
+        if self.mode == "default":
+            kv = prompt.between(prompt.start + torch.where(prompt.length > self.sinks, self.sinks, 0), prompt.end)
+        outside = ~kv.contains()[..., None, None]
+        return kv.k.float().masked_fill(outside, 0).sum(1) / kv.length.clamp(min=1)[:, None, None]
 
     def _centring(self, kv: KV) -> torch.dtype:
         return kv.k.dtype if self.mode == "seed" else torch.float32
@@ -99,7 +106,7 @@ class Method(DecodeMethod):
         if index is None:
             return None
         q = group(q_BHD, kv.k.shape[2], 1)
-        hits = match_codes(hash_codes(q, index.w.tensor, self.K).flatten(1, 2), index.codes[:, :, : kv.k.shape[1]])
+        hits = match_codes(hash_codes(q, index.w.tensor, self.K).flatten(1, 2), index.codes[..., : kv.k.shape[1]])
         floor = 1e-4 if self.mode == "seed" else 0.0
         law = CollisionLaw(index.mean, self.K, self.L, floor)
         return Selection.of((hits >= 2) & kv.contains()[:, None], law)

@@ -30,16 +30,17 @@ class Method(BudgetedDecode):
     dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
     page: int = option(16, "keys a page", low=1)
 
-    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index:
+    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index:
         return Index(*page_bounds(kv, self.page, self._pages(kv)))
 
     def append(self, index: Index, kv: KV, done: Tensor, ctx: Ctx) -> Index:
-        first = int((done - kv.start).clamp(min=0).min()) // self.page  # the first page that is not complete everywhere
-        pages = self._pages(kv)
-        low, high = (grown(x, 2, pages) for x in index)
-        rest = kv.between(kv.start + first * self.page, kv.end)
-        new_low, new_high = page_bounds(rest, self.page, pages - first)
-        low[:, :, first:pages], high[:, :, first:pages] = new_low, new_high
+        first = (done - kv.start).clamp(min=0) // self.page  # each sequence's first page that is not complete
+        new = self._pages(kv.between(kv.start + first * self.page, kv.end))
+        slots = (first[:, None] + torch.arange(new, device=first.device))[:, None, :, None]
+        low, high = (grown(x, 2, int(first.max()) + new) for x in index)
+        bounds = page_bounds(kv.between(kv.start + first * self.page, kv.end), self.page, new)
+        for kept, fresh in zip((low, high), bounds, strict=True):
+            kept.scatter_(2, slots.expand_as(fresh), fresh)
         return Index(low, high)
 
     def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keysift.methods.base import BudgetedDecode, option
-from keysift.methods.topk import exact_scores
 from keysift.ops.heads import group
 from keysift.ops.select import top_k
 from keysift.types import KV, Ctx, Selection
@@ -44,18 +43,21 @@ class Method(BudgetedDecode):
     def tail(self) -> int:  # type: ignore[override]
         return self.window
 
-    def build(self, kv: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index:
-        prompt = kv._replace(start=kv.start - self.sinks, length=kv.length + self.sinks + self.window)
-        middle, tokens = kv.contains()[:, None], tail_q_BTHD.shape[1]
-        votes = torch.zeros(kv.k.shape[0], kv.k.shape[2], kv.k.shape[1], device=kv.k.device)
-        for t in range(tokens):
-            seen = prompt._replace(length=prompt.length - (tokens - 1 - t))
-            weight = exact_scores(tail_q_BTHD[:, t], seen, ctx.scale).softmax(-1).nan_to_num(0)
-            votes += group(weight, kv.k.shape[2], 1).sum(2)
-        votes = votes * middle
-        pooled = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index:
+        middle = kv.contains()[:, None]
+        votes = torch.stack([self._votes(h, prompt, tail_q_BTHD, ctx) for h in range(kv.k.shape[2])], 1)
+        pooled = F.avg_pool1d(votes.masked_fill(~middle, 0), self.kernel, stride=1, padding=self.kernel // 2)
         chosen = Selection.of(top_k(pooled.masked_fill(~middle, -torch.inf), self.count(kv.length)[:, None]))
         return Index(chosen.rows, chosen.count)
+
+    def _votes(self, kv_head: int, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Tensor:
+        """Attention that the tail's queries of one group pay to each row, summed, fp32 ``[B, S]``."""
+        q = group(tail_q_BTHD.float(), prompt.k.shape[2], 2)[:, :, kv_head]
+        score = torch.einsum("btgd,bsd->bgts", q, prompt.k[:, :, kv_head].float()) * ctx.scale
+        later = torch.arange(q.shape[1], device=q.device).flip(0)  # tokens of the prompt after each query
+        row = torch.arange(score.shape[-1], device=q.device)
+        hidden = (row < prompt.start[:, None, None]) | (row >= (prompt.end[:, None] - later)[..., None])
+        return score.masked_fill(hidden[:, None], -torch.inf).softmax(-1).nan_to_num(0).sum((1, 2))
 
     def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
         return Selection(index.rows, index.count)

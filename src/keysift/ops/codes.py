@@ -34,12 +34,12 @@ def hash_codes(x: Tensor, w: Tensor, bits: int) -> Tensor:
     return (positive * (1 << torch.arange(bits, device=x.device))).sum(-1).to(torch.int16)
 
 
-def match_codes(q_codes_BHL: Tensor, k_codes_BKSL: Tensor) -> Tensor:
+def match_codes(q_codes_BHL: Tensor, k_codes_BKLS: Tensor) -> Tensor:
     """How many tables give query and key one code, int16 ``[B, H, S]``; query heads read their KV head's codes."""
-    q = group(q_codes_BHL, k_codes_BKSL.shape[1], 1)
-    hits = torch.zeros(*q.shape[:3], k_codes_BKSL.shape[2], dtype=torch.int16, device=q.device)
-    for q_part, k_part in zip(q.split(16, -1), k_codes_BKSL.split(16, -1), strict=True):  # bounds the comparison's size
-        hits += (q_part[..., None, :] == k_part[:, :, None]).sum(-1, dtype=torch.int16)
+    q = group(q_codes_BHL, k_codes_BKLS.shape[1], 1)
+    hits = torch.zeros(*q.shape[:3], k_codes_BKLS.shape[3], dtype=torch.int16, device=q.device)
+    for table in range(q.shape[3]):
+        hits += q[..., table, None] == k_codes_BKLS[:, :, None, table]
     return hits.flatten(1, 2)
 
 

@@ -18,29 +18,53 @@ from keysift.ops.select import cover, top_k
 from keysift.ops.vertical_slash import last_queries_attention, vertical_slash_blocks, vertical_slash_mass
 
 
+class PooledRows(NamedTuple):
+    """Query-aware rows, by pooled scores: ``cover`` row by row when the rows are asked for."""
+
+    q: Tensor  # pooled queries, [B, Q, H, D], from query block `first`
+    k: Tensor  # pooled keys, [B, C, K, D]
+    scale: float
+    gamma: float
+    least: int
+    most: int | None
+    first: int
+
+    def active(self, blocks: range) -> Tensor:
+        score = _scores(self.q[:, blocks.start - self.first : blocks.stop - self.first], self.k, self.scale)
+        query = torch.arange(blocks.start, blocks.stop, device=score.device)[:, None]
+        causal = torch.arange(score.shape[-1], device=score.device) <= query
+        return cover(score.masked_fill(~causal, -torch.inf).softmax(-1), self.gamma, self.least, self.most) & causal
+
+
+class ChosenRows(NamedTuple):
+    """Query-aware rows that were chosen all at once, bool ``[B, H, C, C]``."""
+
+    chosen: Tensor
+
+    def active(self, blocks: range) -> Tensor:
+        return self.chosen[:, :, blocks.start : blocks.stop]
+
+
 class FlexPlan(NamedTuple):
     """The search's result, from which the blocks of any row follow.
 
     Attributes:
         vertical, slash: chosen key blocks and block diagonals, bool ``[B, H, C]``.
         query_aware: heads whose rows are chosen by pooled scores, bool ``[B, H]``.
-        rows: those heads' blocks, bool ``[B, H, Q, C]`` with Q from query block ``first``; None if no head is.
-        first: block position of the first query.
+        rows: how those heads' blocks are chosen; None if no head is query-aware.
     """
 
     vertical: Tensor
     slash: Tensor
     query_aware: Tensor
-    rows: Tensor | None
-    first: int
+    rows: PooledRows | ChosenRows | None
 
     def active(self, blocks: range) -> Tensor:
         """The blocks of the query blocks at positions ``blocks``, bool ``[B, H, len(blocks), C]``."""
         active = vertical_slash_blocks(self.vertical, self.slash, blocks)
         if self.rows is None:
             return active
-        rows = self.rows[:, :, blocks.start - self.first : blocks.stop - self.first]
-        return active | (rows & self.query_aware[..., None, None])
+        return active | (self.rows.active(blocks) & self.query_aware[..., None, None])
 
 
 def flex_search(
@@ -65,7 +89,6 @@ def flex_search_reference(
 ) -> FlexPlan:
     """fp32."""
     tokens, keys = q_BTHD.shape[1], k_BNKD.shape[1]
-    first, blocks = (keys - tokens) // block, -(-keys // block)
     last_q = q_BTHD[:, -block:]
     vertical_mass, slash_mass = vertical_slash_mass(last_q, k_BNKD, scale, block)
     pooled_k = pool(k_BNKD, block, 0)
@@ -73,15 +96,14 @@ def flex_search_reference(
     query_aware = jensen_shannon_distance(estimate, vertical_mass) < tau
     rows = None
     if bool(query_aware.any()):
-        score = _scores(pool(q_BTHD, block, (keys - tokens) % block), pooled_k, scale)
-        causal = torch.arange(blocks, device=score.device) <= torch.arange(first, blocks, device=score.device)[:, None]
-        rows = cover(score.masked_fill(~causal, -torch.inf).softmax(-1), gamma, least, most) & causal
+        pooled_q = pool(q_BTHD, block, (keys - tokens) % block)
+        rows = PooledRows(pooled_q, pooled_k, scale, gamma, least, most, (keys - tokens) // block)
     wide = ~query_aware[..., None]
     vertical = cover(vertical_mass, gamma, least, most) & wide
     slash = cover(slash_mass, gamma, least, most) & wide
     vertical[..., 0] = True
     slash[..., 0] = True
-    return FlexPlan(vertical, slash, query_aware, rows, first)
+    return FlexPlan(vertical, slash, query_aware, rows)
 
 
 def flex_search_seed(
@@ -121,8 +143,8 @@ def flex_search_seed(
         share = score.masked_fill(~causal, -torch.inf).softmax(-1)
         ordered, order = torch.sort(share.flatten(2), dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(ordered, dtype=torch.bool).scatter_(-1, order, ordered.cumsum(-1) <= gamma * blocks)
-        rows = kept.unflatten(-1, (blocks, blocks)) & causal
-    return FlexPlan(vertical, slash, query_aware, rows, 0)
+        rows = ChosenRows(kept.unflatten(-1, (blocks, blocks)) & causal)
+    return FlexPlan(vertical, slash, query_aware, rows)
 
 
 def pool(x_BTHD: Tensor, block: int, skip: int) -> Tensor:

@@ -31,5 +31,4 @@ def uniform(*address: Tensor | int) -> Tensor:
 
 def normal(*address: Tensor | int) -> Tensor:
     """Standard normal draws, fp32 (Box-Muller)."""
-    radius = (-2 * uniform(*address, 0).double().log()).sqrt()
-    return (radius * (2 * math.pi * uniform(*address, 1).double()).cos()).float()
+    return (-2 * uniform(*address, 0).log()).sqrt() * (2 * math.pi * uniform(*address, 1)).cos()

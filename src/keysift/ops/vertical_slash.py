@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,13 +31,25 @@ def vertical_slash_mass(q_BRHD: Tensor, k_BNKD: Tensor, scale: float, block: int
     """
     rows, keys = q_BRHD.shape[1], k_BNKD.shape[1]
     blocks = -(-keys // block)
-    weight = last_queries_attention(q_BRHD, k_BNKD, scale)
-    by_block = F.pad(weight, (0, blocks * block - keys)).unflatten(-1, (blocks, block)).sum(-1) / rows
-    query_block = torch.arange(keys - rows, keys, device=weight.device) // block
-    diagonal = query_block[:, None] - torch.arange(blocks, device=weight.device)  # negative only where the mass is 0
+    by_block = torch.cat([_block_mass(q, k, scale, block) for q, k in _kv_heads(q_BRHD, k_BNKD)], 1)
+    query_block = torch.arange(keys - rows, keys, device=by_block.device) // block
+    diagonal = query_block[:, None] - torch.arange(blocks, device=by_block.device)  # negative only where the mass is 0
     slash = torch.zeros_like(by_block[:, :, 0])
     slash.scatter_add_(-1, diagonal.clamp(min=0).expand_as(by_block).flatten(2), by_block.flatten(2))
     return by_block.sum(2), slash
+
+
+def _kv_heads(q_BRHD: Tensor, k_BNKD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """One KV head at a time with its queries: [rows, N] weights exist for one group only."""
+    q = group(q_BRHD, k_BNKD.shape[2], 2)
+    for h in range(k_BNKD.shape[2]):
+        yield q[:, :, h], k_BNKD[:, :, h : h + 1]
+
+
+def _block_mass(q_BRGD: Tensor, k_BN1D: Tensor, scale: float, block: int) -> Tensor:
+    """Share of the queries' attention on each key block, by query, ``[B, G, R, C]``; sums to 1 over R and C."""
+    weight = last_queries_attention(q_BRGD, k_BN1D, scale)
+    return F.pad(weight, (0, -weight.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1) / weight.shape[2]
 
 
 def vertical_slash_blocks(vertical: Tensor, slash: Tensor, blocks: range) -> Tensor:
