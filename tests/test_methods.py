@@ -14,7 +14,7 @@ from keysift.methods.base import PrefillMethod
 from keysift.methods.magicpig import CollisionLaw
 from keysift.ops.codes import hash_codes, match_codes, projections
 from keysift.types import KV, Ctx, Selection
-from tests.helpers import close, oracle, structured_qkv
+from tests.helpers import close, generator, oracle, structured_qkv
 
 CATALOG = methods.catalog()
 EVERYTHING = {  # a SPEC for each prefill and decode method whose budget is all keys
@@ -404,16 +404,16 @@ def test_snapkv_keeps_what_its_window_of_queries_attended_to():
 
 
 def blocks_of(spec, q, k):
-    """The block set of a prefill SPEC, bool [H, C, C], computed as the method does."""
+    """The block set of a prefill SPEC, bool [H, Q, C], computed as the method does."""
     method = methods.parse(spec, "prefill")
     kv = KV.of(k, k)
-    blocks = -(-k.shape[1] // method.block)
-    return method.mask(method.plan(q, kv, context(kv)), range(blocks)).active(blocks)[0]
+    first, blocks = (k.shape[1] - q.shape[1]) // method.block, -(-k.shape[1] // method.block)
+    return method.mask(method.plan(q, kv, context(kv)), range(first, blocks)).active(blocks)[0]
 
 
 def test_xattention_takes_the_blocks_of_the_highest_antidiagonal_sums():
     """Pair by pair: strided row r and column c meet where offsets in the stride add up to stride - 1."""
-    q, k, _ = structured_qkv(160, heads=2, kv_heads=1, dim=16)
+    q, k = (2.5 * torch.randn(1, 160, heads, 16, generator=generator(0)) for heads in (2, 1))  # no smooth structure
     stride, block, threshold = 4, 32, 0.7
     active = blocks_of(f"xattention:threshold={threshold},stride={stride},block={block}", q, k)
     scale = 16**-0.5 / stride
@@ -471,16 +471,20 @@ def test_minference_keeps_the_columns_and_diagonals_that_the_last_queries_attend
             assert set(active[h, i].nonzero()[:, 0].tolist()) == expected
 
 
-def test_query_aware_rows_cover_gamma_of_their_pooled_scores_with_the_fewest_blocks():
-    q, k, _ = structured_qkv(320, heads=2, kv_heads=1, dim=16)
-    active = blocks_of("flexprefill:gamma=0.8,tau=9,min_budget=none,block=32", q, k)
-    pooled_q, pooled_k = (x[0].double().unflatten(0, (10, 32)).mean(1) for x in (q, k))
+@pytest.mark.parametrize("tokens", [320, 110])
+def test_query_aware_rows_cover_gamma_of_their_pooled_scores_with_the_fewest_blocks(tokens):
+    """Of the last 110 tokens, the first block of queries holds 14: blocks stay aligned to positions."""
+    q, k = (2.0 * torch.randn(1, 320, heads, 16, generator=generator(0)) for heads in (2, 1))
+    active = blocks_of("flexprefill:gamma=0.6,tau=9,min_budget=none,block=32", q[:, -tokens:], k)
+    pooled_k = k[0].double().unflatten(0, (10, 32)).mean(1)
+    first = (320 - tokens) // 32
     for h in range(2):
-        for i in range(10):
-            share = (pooled_k[: i + 1, 0] @ pooled_q[i, h] * 16**-0.5).softmax(0)
-            count = int((share.sort(descending=True).values.cumsum(0) < 0.8).sum()) + 1
+        for i in range(first, 10):
+            queries = q[0, max(i * 32, 320 - tokens) : (i + 1) * 32, h].double()
+            share = (pooled_k[: i + 1, 0] @ queries.mean(0) * 16**-0.5).softmax(0)
+            count = int((share.sort(descending=True).values.cumsum(0) < 0.6).sum()) + 1
             expected = {0, i, *share.topk(count).indices.tolist()}
-            assert set(active[h, i].nonzero()[:, 0].tolist()) == expected
+            assert set(active[h, i - first].nonzero()[:, 0].tolist()) == expected
 
 
 def test_quest_reads_the_pages_of_the_highest_bounds():
