@@ -30,16 +30,17 @@ def hash_codes(x: Tensor, w: Tensor, bits: int) -> Tensor:
     Returns:
         Codes, int16 ``[..., L]``.
     """
-    positive = (x.float() @ w.float() > 0).unflatten(-1, (-1, bits))
-    return (positive * (1 << torch.arange(bits, device=x.device))).sum(-1).to(torch.int16)
+    positive = (x.float() @ w.float() > 0).float().unflatten(-1, (-1, bits))
+    return (positive @ 2.0 ** torch.arange(bits, device=x.device)).to(torch.int16)  # exact: fewer than 24 bits
 
 
 def match_codes(q_codes_BHL: Tensor, k_codes_BKLS: Tensor) -> Tensor:
     """How many tables give query and key one code, int16 ``[B, H, S]``; query heads read their KV head's codes."""
     q = group(q_codes_BHL, k_codes_BKLS.shape[1], 1)
     hits = torch.zeros(*q.shape[:3], k_codes_BKLS.shape[3], dtype=torch.int16, device=q.device)
-    for table in range(q.shape[3]):
-        hits += q[..., table, None] == k_codes_BKLS[:, :, None, table]
+    for q_part, k_part in zip(q.split(16, 3), k_codes_BKLS.split(16, 2), strict=True):  # a few large steps, bounded
+        equal = q_part[..., None] == k_part[:, :, None]
+        hits += equal.view(torch.uint8).sum(-2, dtype=torch.uint8)
     return hits.flatten(1, 2)
 
 
