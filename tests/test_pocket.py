@@ -120,6 +120,7 @@ def test_demo_questions_are_answered(model, tokenizer) -> None:
             assert item["answer"] in tokenizer.decode(written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["niah_multikey_2", "vt"])
 def test_retrieves_at_1k(model, tokenizer, tools, task: str) -> None:
     from pocket_data import Tools
@@ -162,6 +163,7 @@ def test_common_words_are_the_commonest(tokenizer, tools) -> None:
         assert set(top) == set(made.asks[0].want)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_its_checkpoint_loads(tools, tmp_path) -> None:
     import train_pocket
 
