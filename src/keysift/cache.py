@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Store:
         """Add T rows to every sequence."""
         end = self.length + k_BKTD.shape[2]
         if self._k is None or self._v is None:
-            with torch.inference_mode(False):
+            with _ordinary_tensors():
                 self.start = torch.zeros(k_BKTD.shape[0], dtype=torch.int64, device=k_BKTD.device)
         elif k_BKTD.shape[0] != self._k.shape[0]:
             raise ValueError(f"batch of {k_BKTD.shape[0]} for a cache of {self._k.shape[0]} sequences")
@@ -85,10 +86,7 @@ class Store:
         Where the prompt's last queries are not known (another attention read it, or it was cut), the query at hand
         stands in for them.
         """
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # side data made in inference mode could not be extended later
+        with _ordinary_tensors():
             return self._index_of(method, middle, q_BHD, ctx)
 
     def _index_of(self, method: Decode, middle: KV, q_BHD: Tensor, ctx: Ctx) -> Any:
@@ -114,7 +112,8 @@ class Store:
         """Keep, reorder or repeat sequences: sequence ``i`` becomes what ``rows[i]`` was (int64 ``[B']``)."""
         if self._k is None:
             return
-        self._map(lambda x: x.index_select(0, rows.to(x.device)))
+        with _ordinary_tensors():
+            self._map(lambda x: x.index_select(0, rows.to(x.device)))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to everything that has one entry a sequence."""
@@ -125,12 +124,19 @@ class Store:
             self._index = type(self._index)(*(change(x) if isinstance(x, Tensor) else x for x in self._index))
 
 
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """What is made within may be written to later, in inference mode or out of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _with_room(buffer: Tensor | None, like: Tensor, used: int, needed: int) -> Tensor:
     """``buffer`` with capacity for ``needed`` rows: itself, or a copy with a quarter to spare."""
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     capacity = -(-max(needed + 1, used + used // 4) // ROOM) * ROOM
-    with torch.inference_mode(False):  # a cache made in inference mode may be used outside of it
+    with _ordinary_tensors():
         larger = torch.empty(*like.shape[:2], capacity, like.shape[3], dtype=like.dtype, device=like.device)
     if buffer is not None:
         larger[:, :, :used] = buffer[:, :, :used]
