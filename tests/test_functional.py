@@ -133,14 +133,28 @@ def test_tail_queries_are_checked_like_queries():
     for tail_q, message in (
         (Q[:, -8:, :2], "tail_q has 2 heads and q has 4"),
         (Q[:, -8:] * math.nan, "tail_q holds NaN"),
-        ([1], "tail_q is list"),
+        ([1], "tail_q is list"),  # no tensor
         (Q[:, -8:].bfloat16(), "differ in dtype"),
     ):
         with pytest.raises(ValueError, match=message):
             keysift.decode_attention(Q[:, -1:], K, V, "snapkv:budget=20,window=8", tail_q=tail_q)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seed": "x"}, "seed='x'"), ({"seed": -1}, "seed=-1"), ({"seed": 2**63}, "seed="), ({"layer": "a"}, "layer='a'")],
+)
+def test_seeds_and_layers_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        keysift.decode_attention(Q[:, -1:], K, V, "oracle", **options)
+
+
+def test_arrays_are_not_tensors():
+    with pytest.raises(ValueError, match="q is ndarray: pass a tensor"):
+        keysift.prefill_attention(Q.numpy(), K, V)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, "a"])
 def test_a_scale_must_be_positive_and_finite(scale):
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         keysift.prefill_attention(Q, K, V, scale=scale)

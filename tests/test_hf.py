@@ -419,10 +419,14 @@ def test_detach_restores_the_attention_of_every_part():
     assert parts() == before
 
 
-def test_models_that_rearrange_cached_values_are_refused():
+def test_values_rearranged_after_the_cache_are_refused():
+    """Also where the kind of model is not known beforehand."""
     model = build("DiffLlama")
-    with keysift.attach(model), pytest.raises(ValueError, match="rearranges cached keys or values"):
-        generate(model, prompt(70))
+    with pytest.raises(ValueError, match="rearranges cached keys"):
+        keysift.attach(model)
+    model.set_attn_implementation("keysift")
+    with pytest.raises(ValueError, match="rearranges cached keys or values"):
+        generate(model, prompt(70), past_key_values=keysift.KVCache(model.config))
 
 
 @pytest.mark.parametrize(
@@ -557,4 +561,6 @@ def test_wrong_methods_are_refused_and_leave_the_model_alone():
     model = tiny("qwen3")
     with pytest.raises(ValueError, match="unknown: choose"):
         keysift.attach(model, decode="nonesuch")
+    with pytest.raises(ValueError, match="seed='x'"):
+        keysift.attach(model, seed="x")
     assert "_keysift" not in model.__dict__

@@ -150,6 +150,19 @@ def test_full_budget_prefill_equals_dense(name, tokens, group):
     assert stats.density == 1
 
 
+@pytest.mark.parametrize("name", ["quest", "topk", "oracle", "snapkv"])
+def test_keep_is_obeyed_and_all_of_it_is_dense(name):
+    q, k, v = structured_qkv(3000, heads=4)
+    out, stats = keysift.decode_attention(q[:, -1:], k, v, f"{name}:keep=1", return_stats=True)
+    assert stats.kept_fraction == 1
+    assert torch.equal(out, keysift.decode_attention(q[:, -1:], k, v, "dense"))
+    kept = [
+        keysift.decode_attention(q[:, -1:], k, v, f"{name}:keep={keep}", return_stats=True)[1].kept_fraction
+        for keep in (0.02, 0.05, 0.2)
+    ]
+    assert kept[0] < kept[1] < kept[2] < 0.4
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 100, 1025])
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize("name", named("decode"))
@@ -601,7 +614,12 @@ def test_budget_in_keys_is_kept(name):
         ("quest:keep=0", "decode", "keep=0.0: must be above 0 and at most 1"),
         ("quest:keep=1.5", "decode", "must be above 0 and at most 1"),
         ("quest:budget=68", "decode", "budget=68: must exceed sinks + window = 4 + 64"),
-        ("streaming:budget=16", "decode", "budget=16: must exceed sinks"),
+        ("streaming:budget=16", "decode", "budget=16: must exceed sinks=16"),
+        ("streaming:budget=100,window=400", "decode", "window=400 and budget=100: give one of them"),
+        ("quest:keep=0.1,budget=200", "decode", "keep=0.1 and budget=200: give one of them"),
+        ("snapkv:keep=0.1,budget=200", "decode", "keep=0.1 and budget=200: give one of them"),
+        ("snapkv:budget=none", "decode", "keep and budget are both none"),
+        ("dense:x=1", "prefill", "dense has no option 'x': it has none"),
         ("snapkv:budget=32", "decode", "budget=32: must exceed"),
         ("snapkv:kernel=4", "decode", "kernel=4: must be odd"),
         ("magicpig:K=16", "decode", "K=16: must be at least 0 and at most 15"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from keysift.attention import Meter, decode, prefill
 from keysift.cache import Store
 from keysift.methods import flexprefill, parse
-from keysift.types import KV, Ctx
+from keysift.types import KV, Ctx, check_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_LAYER = -1  # tensors belong to no layer: no method's dense_layers name it
@@ -55,7 +55,7 @@ def prefill_attention(
     chosen = parse(method, "prefill")
     _validate(q, k, v, check)
     kv, meter = KV.of(k, v), Meter(measure_mass)
-    ctx = Ctx(layer, _scale(scale, q.shape[-1]), kv.length - 1, seed)
+    ctx = _context(layer, scale, q, kv.length - 1, seed)
     out, lse = prefill(q, kv, chosen, ctx, meter, with_lse=return_lse)
     return _pack(out, lse, meter, return_stats)
 
@@ -103,7 +103,7 @@ def decode_attention(
     store, meter = Store(), Meter()
     store.append(k.transpose(1, 2), v.transpose(1, 2))
     store.end_prefill(q if tail_q is None else tail_q, chosen.tail)
-    ctx = Ctx(layer, _scale(scale, q.shape[-1]), store.view().length - 1, seed)
+    ctx = _context(layer, scale, q, store.view().length - 1, seed)
     out, lse = decode(q[:, 0], store, chosen, ctx, meter, with_lse=return_lse)
     return _pack(out[:, None], None if lse is None else lse[:, None], meter, return_stats)
 
@@ -156,7 +156,7 @@ def flex_prefill_attention(
     if gqa_interleave:
         order = order.view(heads // kv_heads, kv_heads).T.flatten()
     kv, meter = KV.of(k, v), Meter(measure_mass)
-    ctx = Ctx(NO_LAYER, _scale(softmax_scale, q.shape[-1]), kv.length - 1)
+    ctx = _context(NO_LAYER, softmax_scale, q, kv.length - 1, 0)
     out, lse = prefill(q[:, :, order], kv, method, ctx, meter, with_lse=return_lse)
     back = order.argsort()
     extras: list[Any] = [] if lse is None else [lse[:, :, back]]
@@ -173,18 +173,24 @@ def _pack(out: Tensor, lse: Tensor | None, meter: Meter, return_stats: bool) -> 
 def _scale(scale: float | None, dim: int) -> float:
     if scale is None:
         return dim**-0.5
-    if not 0 < scale < math.inf:
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"scale={scale}: must be above 0 and finite")
     return scale
+
+
+def _context(layer: int, scale: float | None, q: Tensor, positions: Tensor, seed: int) -> Ctx:
+    check_seed(seed)
+    if not isinstance(layer, int):
+        raise ValueError(f"layer={layer!r}: must be an integer, or -1 for none")
+    return Ctx(layer, _scale(scale, q.shape[-1]), positions, seed)
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, check: bool, name: str = "q") -> None:
     """Raise ValueError, in one line, for tensors that do not fit together; ``name`` is what the caller calls q."""
     named = ((name, q), ("k", k), ("v", v))
     for name, x in named:
-        shape = getattr(x, "shape", None)
-        if shape is None or len(shape) != 4:
-            found = type(x).__name__ if shape is None else tuple(shape)
+        if not torch.is_tensor(x) or x.dim() != 4:
+            found = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f"{name} is {found}: pass a tensor [batch, tokens, heads, head_dim]")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} is {x.dtype}: pass float32, bfloat16 or float16")

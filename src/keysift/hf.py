@@ -22,7 +22,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.methods import dense, parse
-from keysift.types import KV, Ctx
+from keysift.types import KV, Ctx, check_seed
 
 NAME = "keysift"
 SHORT_RUN = 16  # outside a prompt, so few queries read all keys: a verification pass, where dense costs little
@@ -113,6 +113,7 @@ def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense"
     Raises:
         ValueError: unknown method or option, or a model or cache kind that cannot be served correctly; says which.
     """
+    check_seed(seed)
     link = Attachment(model, parse(prefill, "prefill"), parse(decode, "decode"), seed)
     modules = _attention_modules(model)
     _refuse_unsupported(model, modules)
@@ -133,7 +134,7 @@ def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense"
 
 def detach(model: PreTrainedModel) -> None:
     """Undo every ``attach`` of a model; does nothing where there is none."""
-    while (link := model.__dict__.get("_keysift")) is not None:
+    while (link := getattr(model, "__dict__", {}).get("_keysift")) is not None:
         link.detach()
 
 
@@ -405,7 +406,9 @@ def _is_sliding_window(function: Callable[..., Any]) -> bool:
 
 def _attention_modules(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is not a transformers model: pass what AutoModelForCausalLM loads")
+        raise ValueError(
+            f"{type(model).__name__} is not a transformers model: pass what AutoModelForCausalLM loads, not a wrapper"
+        )
     return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
 
 
@@ -427,6 +430,7 @@ def _refuse_unsupported(model: PreTrainedModel, modules: list[nn.Module]) -> Non
         "it is an encoder": modules and not any(m.is_causal for m in modules),
         "it caps attention scores (softcap)": getattr(config, "attn_logit_softcapping", None) is not None,
         "it has attention sinks as parameters": any(hasattr(m, "sinks") for m in modules),
+        "it rearranges cached keys and values": any(type(m).__name__ == "DiffLlamaAttention" for m in modules),
         "it adds position biases (alibi)": getattr(config, "alibi", False),
         "it shares keys between layers": getattr(config, "kv_sharing_modes", None)
         or getattr(config, "num_kv_shared_layers", None),

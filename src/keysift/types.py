@@ -246,6 +246,12 @@ class Stats(NamedTuple):
     mass_covered: float | None = None
 
 
+def check_seed(seed: object) -> None:
+    """Raise ValueError unless ``seed`` can address a random draw."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: must be an integer from 0 to 2**63 - 1")
+
+
 def one_of(what: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     options = list(choices)

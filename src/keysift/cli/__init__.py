@@ -51,6 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return fail(error.format_message())
     except ValueError as error:
         return fail(str(error))
+    except OSError as error:  # standard output cannot be written: a full disk
+        if isinstance(error, BrokenPipeError):
+            raise
+        return fail(f"cannot write standard output: {error.strerror}", code=1)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return fail(f"out of memory: {str(error).partition('. ')[0]}", code=1)

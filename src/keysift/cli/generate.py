@@ -69,7 +69,7 @@ def command(
     where = pick_device(device)
     console = Console(stderr=True)
     with console.status("Loading the model"):
-        lm, tokenizer = load(model or str(pocket.path()), where, pick_dtype(dtype, where))
+        lm, tokenizer = load(str(pocket.path()) if model is None else model, where, pick_dtype(dtype, where))
     inputs = encode(tokenizer, text, chat, lm.get_input_embeddings().num_embeddings)
     allowed = new_tokens_allowed(lm.config, inputs["input_ids"].shape[-1], max_new_tokens, DEFAULT_NEW_TOKENS)
 

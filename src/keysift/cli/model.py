@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "tekken.json", "merges.txt")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -82,6 +83,8 @@ def load(name: str, device: torch.device, dtype: Any) -> tuple[Any, Any]:
     with one_error(name, "configuration", local):
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
     check_causal(name, config)
+    if local and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise ValueError(f"model={name} has no tokenizer: its files (tokenizer.json, ...) belong beside config.json")
     with one_error(name, "tokenizer", local):
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files

@@ -51,7 +51,7 @@ def parse(spec: Any, role: Role) -> Any:
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if key not in keys:
-            raise ValueError(f"{name} has no option '{key}': choose {', '.join(keys)}")
+            raise ValueError(f"{name} has no option '{key}': {'choose ' + ', '.join(keys) if keys else 'it has none'}")
         if not equals or key in options:
             raise ValueError(f"'{item}' in '{spec}': write {key}=VALUE, once")
         options[key] = _value(name, key, value, hints[key])

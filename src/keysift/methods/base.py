@@ -69,6 +69,7 @@ def _check_bounds(name: str, value: Any, limits: Any) -> None:
         raise ValueError(f"{name}={value}: must be {' and '.join(filter(None, [least, most]))}")
 
 
+DEFAULT_KEEP = 0.05
 DENSE_LAYERS = "layers that read all keys, joined by +, such as 0+16"
 
 
@@ -111,19 +112,23 @@ class DecodeMethod:
 class BudgetedDecode(DecodeMethod):
     """Base of the decode methods whose cost is a budget of keys."""
 
-    keep: float = option(0.05, "share of the middle keys to read; 1 means dense", above=0, high=1)
-    budget: int | None = option(None, "keys to read in all, sinks and window included; replaces keep", low=1)
+    keep: float | None = option(DEFAULT_KEEP, "share of the middle keys to read; 1 means dense", above=0, high=1)
+    budget: int | None = option(None, "keys to read in all, sinks and window included, instead of keep", low=1)
 
     def __post_init__(self) -> None:
         check(self)
+        if self.budget is not None and self.keep not in (None, DEFAULT_KEEP):
+            raise ValueError(f"keep={self.keep} and budget={self.budget}: give one of them")
+        if self.budget is None and self.keep is None:
+            raise ValueError("keep and budget are both none: give one of them")
         check_budget(self.budget, self.sinks, self.window)
 
     def count(self, length: Tensor) -> Tensor:
         """Middle keys to read where there are ``length``: at least one, at most all, int64 like ``length``."""
-        if self.budget is not None:
-            wanted = torch.full_like(length, self.budget - self.sinks - self.window)
-        else:
+        if self.keep is not None and self.budget is None:
             wanted = (self.keep * length).long()
+        else:
+            wanted = torch.full_like(length, (self.budget or 0) - self.sinks - self.window)
         return torch.minimum(wanted.clamp(min=1), length)
 
     def reads_all(self, length: Tensor) -> bool:

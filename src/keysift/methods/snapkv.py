@@ -14,6 +14,8 @@ from keysift.ops.heads import group
 from keysift.ops.select import top_k
 from keysift.types import KV, Ctx, Selection
 
+DEFAULT_BUDGET = 1024
+
 
 class Index(NamedTuple):
     """The kept rows of each KV head, int64 ``[B, K, R]``, with their count ``[B, K]``."""
@@ -31,10 +33,15 @@ class Method(BudgetedDecode):
 
     sinks: int = option(0, "first keys, always read", low=0)
     window: int = option(32, "last prompt keys: always read, and their queries choose", low=1)
-    budget: int | None = option(1024, "prompt keys to read in all, sinks and window included; replaces keep", low=1)
+    keep: float | None = option(None, "share of the prompt's middle keys to read; 1 means dense", above=0, high=1)
+    budget: int | None = option(
+        DEFAULT_BUDGET, "prompt keys to read in all, sinks and window included, instead of keep", low=1
+    )
     kernel: int = option(5, "keys that the average pooling of the scores spans, odd", low=1)
 
     def __post_init__(self) -> None:
+        if self.keep is not None and self.budget == DEFAULT_BUDGET:
+            object.__setattr__(self, "budget", None)
         BudgetedDecode.__post_init__(self)
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel}: must be odd")
@@ -59,5 +66,7 @@ class Method(BudgetedDecode):
         hidden = (row < prompt.start[:, None, None]) | (row >= (prompt.end[:, None] - later)[..., None])
         return score.masked_fill(hidden[:, None], -torch.inf).softmax(-1).nan_to_num(0).sum((1, 2))
 
-    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:
+        if self.reads_all(kv.length):
+            return None
         return Selection(index.rows, index.count)

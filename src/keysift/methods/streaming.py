@@ -8,8 +8,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from keysift.methods.base import BLOCKS, DENSE_LAYERS, DecodeMethod, check, check_budget, option
+from keysift.methods.base import BLOCKS, DENSE_LAYERS, DecodeMethod, check, option
 from keysift.types import KV, BlockMask, Ctx, Selection
+
+DEFAULT_WINDOW = 1008
 
 
 class Plan(NamedTuple):
@@ -26,15 +28,18 @@ class Method(DecodeMethod):
     paper: ClassVar[str] = "arXiv:2309.17453"
 
     sinks: int = option(16, "first keys, always read", low=0)
-    window: int = option(1008, "last keys, always read", low=1)
+    window: int = option(DEFAULT_WINDOW, "last keys, always read", low=1)
     dense_layers: tuple[int, ...] = option((), DENSE_LAYERS, low=0)
-    budget: int | None = option(None, "keys to read in all: sets window to budget - sinks", low=1)
+    budget: int | None = option(None, "keys to read in all, instead of window: window = budget - sinks", low=1)
     block: int = option(128, "tokens a block, in prefill", choices=BLOCKS)
 
     def __post_init__(self) -> None:
         check(self)
         if self.budget is not None:
-            check_budget(self.budget, self.sinks, 0)
+            if self.budget <= self.sinks:
+                raise ValueError(f"budget={self.budget}: must exceed sinks={self.sinks}")
+            if self.window not in (DEFAULT_WINDOW, self.budget - self.sinks):
+                raise ValueError(f"window={self.window} and budget={self.budget}: give one of them")
             object.__setattr__(self, "window", self.budget - self.sinks)
 
     def plan(self, q_BTHD: Tensor, kv: KV, ctx: Ctx) -> Plan | None:
