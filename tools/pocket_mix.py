@@ -22,6 +22,7 @@ from pocket_data import (
     frequent_words,
     needles,
     tracking,
+    weave,
 )
 from pocket_text import HAYSTACKS, Library, Pieces
 from tokenizers import Tokenizer
@@ -106,16 +107,7 @@ def recall(tools: Tools, tokens: int) -> Row:
     straw = [h + v for _, h, v in told]
     size = sum(map(len, straw))
     filler = tools.haystack(rng.choice(HAYSTACKS), lexicon).fill(tokens - 2 * size, True) if spread else []
-    spots = sorted(rng.randint(0, len(filler)) for _ in straw)
-    ids: list[int] = []
-    at = 0
-    for spot, piece in zip(spots, straw, strict=True):
-        for fill in filler[at:spot]:
-            ids += fill
-        ids += piece
-        at = spot
-    for fill in filler[at:]:
-        ids += fill
+    ids = weave(tools, straw, filler, ordered=True)
     weights = [W_REST] * len(ids)
     tail = len(pieces(end))
     for _, head, value in again:

@@ -14,7 +14,7 @@ from keysift.ops.dense import dense_attention, dense_attention_reference
 from keysift.ops.gather import gather_attention
 from keysift.ops.heads import per_query_head
 from keysift.ops.merge import merge
-from keysift.types import KV, BlockMask, Ctx, Decode, Partial, Prefill, Selection, Stats
+from keysift.types import KV, BlockMask, Ctx, Decode, Prefill, Selection, Stats
 
 LIST_BYTES = 1 << 28  # block lists and the masks they are made of exist for so many bytes at a time
 
@@ -128,19 +128,15 @@ def decode(
         meter.keys[0] += total
         meter.keys[1] += total
         if with_lse:
-            part = _gathered(q_BHD, kv, _outside(kv, kv.between(kv.end, kv.end)), ctx)
+            part = gather_attention(q_BHD, kv, _outside(kv, kv.between(kv.end, kv.end)), ctx.scale)
             return part.out[:, 0].to(q_BHD.dtype), part.lse[:, 0]
         return dense_attention(q_BHD[:, None], kv, ctx.scale)[:, 0], None
     exact = _outside(kv, middle)
-    part = merge(_gathered(q_BHD, kv, exact, ctx), _gathered(q_BHD, kv, selection, ctx))
+    part = merge(*(gather_attention(q_BHD, kv, rows, ctx.scale) for rows in (exact, selection)))
     read = sum(per_query_head(s.count, q_BHD.shape[1], 1).sum() for s in (exact, selection))
     meter.keys[0] += float(read)
     meter.keys[1] += total
     return part.out[:, 0].to(q_BHD.dtype), part.lse[:, 0] if with_lse else None
-
-
-def _gathered(q_BHD: Tensor, kv: KV, selection: Selection, ctx: Ctx) -> Partial:
-    return gather_attention(q_BHD, kv, selection, ctx.scale)
 
 
 def _outside(kv: KV, middle: KV) -> Selection:

@@ -159,14 +159,14 @@ def flex_prefill_attention(
     ctx = _context(NO_LAYER, softmax_scale, q, kv.length - 1, 0)
     out, lse = prefill(q[:, :, order], kv, method, ctx, meter, with_lse=return_lse)
     back = order.argsort()
-    extras: list[Any] = [] if lse is None else [lse[:, :, back]]
-    extras += [meter.stats().density] if return_computational_ratio else []
-    extras += [meter.stats()] if return_stats else []
-    return (out[:, :, back], *extras) if extras else out[:, :, back]
+    lse = None if lse is None else lse[:, :, back]
+    return _pack(out[:, :, back], lse, meter, return_stats, return_computational_ratio)
 
 
-def _pack(out: Tensor, lse: Tensor | None, meter: Meter, return_stats: bool) -> Any:
-    extras = ([lse] if lse is not None else []) + ([meter.stats()] if return_stats else [])
+def _pack(out: Tensor, lse: Tensor | None, meter: Meter, return_stats: bool, return_ratio: bool = False) -> Any:
+    stats = meter.stats()
+    wanted = ((lse, lse is not None), (stats.density, return_ratio), (stats, return_stats))
+    extras = [value for value, asked in wanted if asked]
     return (out, *extras) if extras else out
 
 

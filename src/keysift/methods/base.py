@@ -121,7 +121,11 @@ class BudgetedDecode(DecodeMethod):
             raise ValueError(f"keep={self.keep} and budget={self.budget}: give one of them")
         if self.budget is None and self.keep is None:
             raise ValueError("keep and budget are both none: give one of them")
-        check_budget(self.budget, self.sinks, self.window)
+        if self.budget is not None and self.budget <= self.sinks + self.window:
+            raise ValueError(
+                f"budget={self.budget}: must exceed sinks + window = {self.sinks} + {self.window};"
+                " raise budget or lower sinks or window"
+            )
 
     def count(self, length: Tensor) -> Tensor:
         """Middle keys to read where there are ``length``: at least one, at most all, int64 like ``length``."""
@@ -134,14 +138,6 @@ class BudgetedDecode(DecodeMethod):
     def reads_all(self, length: Tensor) -> bool:
         """Whether the budget covers every sequence's middle."""
         return bool((self.count(length) >= length).all())
-
-
-def check_budget(budget: int | None, sinks: int, window: int) -> None:
-    """Refuse a budget of keys that sinks and window alone exceed."""
-    if budget is not None and budget <= sinks + window:
-        raise ValueError(
-            f"budget={budget}: must exceed sinks + window = {sinks} + {window}; raise budget or lower sinks or window"
-        )
 
 
 def grown(buffer: Tensor, dim: int, size: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from keysift.ops.heads import group
 from keysift.ops.select import cover, top_k
-from keysift.ops.vertical_slash import last_queries_attention, vertical_slash_blocks, vertical_slash_mass
+from keysift.ops.vertical_slash import block_sum, last_queries_attention, vertical_slash_blocks, vertical_slash_mass
 
 
 class PooledRows(NamedTuple):
@@ -122,8 +122,8 @@ def flex_search_seed(
     weight = last_queries_attention(q_BNHD[:, -block:], k_BNKD, scale)
     by_column, by_offset = weight.mean(2), _mean_by_offset(weight)
     most = blocks if most is None else most
-    vertical_mass = _block_sum(by_column, block)
-    slash_mass = _block_sum(by_offset.flip(-1), block).flip(-1)
+    vertical_mass = block_sum(by_column, block)
+    slash_mass = block_sum(by_offset.flip(-1), block).flip(-1)
 
     pooled_k = pool(k_BNKD, block, 0)
     estimate = _scores(q_BNHD[:, -block:].float().mean(1, keepdim=True), pooled_k, scale)[:, :, 0].softmax(-1)
@@ -178,10 +178,6 @@ def _mean_by_offset(weight_BHRN: Tensor) -> Tensor:
     position = torch.arange(keys - rows, keys, device=weight_BHRN.device)[:, None]
     at = position - torch.arange(keys, device=weight_BHRN.device)
     return (weight_BHRN.gather(-1, at.clamp(min=0).expand_as(weight_BHRN)) * (at >= 0)).mean(2)
-
-
-def _block_sum(x: Tensor, block: int) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def _seed_rank(x: Tensor, gamma: float) -> Tensor:

@@ -49,7 +49,12 @@ def _kv_heads(q_BRHD: Tensor, k_BNKD: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 def _block_mass(q_BRGD: Tensor, k_BN1D: Tensor, scale: float, block: int) -> Tensor:
     """Share of the queries' attention on each key block, by query, ``[B, G, R, C]``; sums to 1 over R and C."""
     weight = last_queries_attention(q_BRGD, k_BN1D, scale)
-    return F.pad(weight, (0, -weight.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1) / weight.shape[2]
+    return block_sum(weight, block) / weight.shape[2]
+
+
+def block_sum(x: Tensor, block: int) -> Tensor:
+    """Sums of the last dimension's blocks, the last of them as long as it is."""
+    return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def vertical_slash_blocks(vertical: Tensor, slash: Tensor, blocks: range) -> Tensor:
