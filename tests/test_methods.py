@@ -8,8 +8,9 @@ import torch
 
 import keysift
 from keysift import methods
-from keysift.attention import Meter, decode, prefill
+from keysift.attention import decode, prefill
 from keysift.cache import Store
+from keysift.meter import Meter
 from keysift.methods.base import PrefillMethod
 from keysift.methods.magicpig import CollisionLaw
 from keysift.ops.codes import hash_codes, match_codes, projections

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from keysift.cache import Store
+from keysift.meter import Meter
 from keysift.ops.block_sparse import block_sparse_attention
 from keysift.ops.coverage import mass_covered
 from keysift.ops.dense import dense_attention, dense_attention_reference
 from keysift.ops.gather import gather_attention
-from keysift.ops.heads import per_query_head
 from keysift.ops.merge import merge
-from keysift.types import KV, BlockMask, Ctx, Decode, Prefill, Selection, Stats
+from keysift.types import KV, Ctx, Decode, Prefill, Selection
 
 LIST_BYTES = 1 << 28  # block lists and the masks they are made of exist for so many bytes at a time
-
-
-@dataclass
-class Meter:
-    """Counts what was read; see ``Stats``."""
-
-    measure_mass: bool = False
-    pairs: list[float] = field(default_factory=lambda: [0.0, 0.0])  # prefill: read, causal
-    keys: list[float] = field(default_factory=lambda: [0.0, 0.0])  # decode: read, cached
-    mass: list[Tensor] = field(default_factory=list)
-
-    def stats(self) -> Stats:
-        density, kept = (read / total if total else None for read, total in (self.pairs, self.keys))
-        return Stats(density, kept, float(torch.cat(self.mass).mean()) if self.mass else None)
-
-    def add_mask(self, mask: BlockMask, tokens: range, heads: int, batch: int) -> None:
-        """Count the pairs that ``mask`` reads for the query positions ``tokens``."""
-        start = torch.arange(mask.full_count.shape[2]) * mask.block + mask.rows().start
-        queries = (start + mask.block).clamp(max=tokens.stop) - start.clamp(min=tokens.start)
-        on_diagonal = (start.clamp(min=tokens.start) - start) * queries + queries * (queries + 1) // 2
-        full, partial = mask.full_count.sum((0, 1)).cpu(), mask.partial_count.sum((0, 1)).cpu()
-        self.pairs[0] += float((full * mask.block * queries + partial * on_diagonal).sum())
-        self.pairs[1] += batch * heads * _causal_pairs(tokens)
-
-    def add_dense(self, tokens: range, heads: int, batch: int) -> None:
-        """Count a dense prefill of the query positions ``tokens``."""
-        pairs = batch * heads * _causal_pairs(tokens)
-        self.pairs[0] += pairs
-        self.pairs[1] += pairs
-        if self.measure_mass:
-            self.mass.append(torch.ones(1))
 
 
 def prefill(
@@ -92,6 +59,8 @@ def prefill(
         if meter.measure_mass:
             meter.mass.append(mass_covered(q_BTHD, kv, mask, ctx.scale).flatten().cpu())
     out = torch.cat([part[0] for part in parts], 1)
+    if meter.measure_error:
+        meter.add_error("prefill", out, dense_attention(q_BTHD, kv, ctx.scale))
     return out, torch.cat([lse for _, lse in parts if lse is not None], 1) if with_lse else None
 
 
@@ -119,23 +88,22 @@ def decode(
     Returns:
         Output in q's dtype ``[B, H, Dv]``, and the log-sum-exp, fp32 ``[B, H]``, if asked for.
     """
-    kv, selection = store.view(), None
-    middle = store.middle(method)
+    kv, index, selection = store.view(), None, None
+    middle, heads = store.middle(method), q_BHD.shape[1]
     if ctx.layer not in method.dense_layers and bool((middle.length > 0).any()):
-        selection = method.select(q_BHD, middle, store.index(method, middle, q_BHD, ctx), ctx)
-    total = float(kv.length.sum()) * q_BHD.shape[1]
+        index = store.index(method, middle, q_BHD, ctx)
+        selection = method.select(q_BHD, middle, index, ctx)
     if selection is None:
-        meter.keys[0] += total
-        meter.keys[1] += total
+        meter.add_step(kv, heads, ctx.layer, None, 0)
         if with_lse:
             part = gather_attention(q_BHD, kv, _outside(kv, kv.between(kv.end, kv.end)), ctx.scale)
             return part.out[:, 0].to(q_BHD.dtype), part.lse[:, 0]
         return dense_attention(q_BHD[:, None], kv, ctx.scale)[:, 0], None
     exact = _outside(kv, middle)
     part = merge(*(gather_attention(q_BHD, kv, rows, ctx.scale) for rows in (exact, selection)))
-    read = sum(per_query_head(s.count, q_BHD.shape[1], 1).sum() for s in (exact, selection))
-    meter.keys[0] += float(read)
-    meter.keys[1] += total
+    meter.add_step(kv, heads, ctx.layer, (exact, selection), method.scan_bytes(middle, index))
+    if meter.measure_error:
+        meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
     return part.out[:, 0].to(q_BHD.dtype), part.lse[:, 0] if with_lse else None
 
 
@@ -149,7 +117,3 @@ def _outside(kv: KV, middle: KV) -> Selection:
     rows = rows.masked_fill(slot >= count[:, None], 0)
     heads = kv.k.shape[2]
     return Selection(rows[:, None].expand(-1, heads, -1), count[:, None].expand(-1, heads))
-
-
-def _causal_pairs(tokens: range) -> int:
-    return (tokens.start + 1 + tokens.stop) * len(tokens) // 2

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keysift.attention import Meter, decode, prefill
+from keysift.attention import decode, prefill
 from keysift.cache import Store
+from keysift.meter import Meter
 from keysift.methods import flexprefill, parse
 from keysift.types import KV, Ctx, check_seed
 

@@ -231,6 +231,10 @@ class Decode(Method, Protocol):
         """The rows of the middle to read; None means all of them."""
         ...
 
+    def scan_bytes(self, kv: KV, index: Any) -> int:
+        """Bytes of side data and keys that one ``select`` over the middle reads to choose, all sequences together."""
+        ...
+
 
 class Stats(NamedTuple):
     """What a run read. None where it does not apply or was not asked for.
@@ -239,11 +243,18 @@ class Stats(NamedTuple):
         density: share of the causal triangle's (query, key) pairs that prefill read, over tokens, heads, layers.
         kept_fraction: share of the cached keys that decode read, over steps, heads, layers.
         mass_covered: attention mass that fell on the keys read, mean over a sample of query rows.
+        bytes_per_step: bytes of keys, values and side data that decode read for one token of one sequence, all layers
+            together. A row that heads of a group chose one by one counts once for each.
+        prefill_error, decode_error: relative error of the attention output, |o - dense| / |dense| on the same queries
+            and keys, mean over heads, layers and sequences; norms over all rows of a prefill, or over one decode step.
     """
 
     density: float | None = None
     kept_fraction: float | None = None
     mass_covered: float | None = None
+    bytes_per_step: float | None = None
+    prefill_error: float | None = None
+    decode_error: float | None = None
 
 
 def check_seed(seed: object) -> None:

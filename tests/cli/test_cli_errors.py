@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keysift.cli.model import context_tokens
+from keysift.checkpoint import context_tokens
 
 from .conftest import CONTEXT, Result, qwen, with_template
 

@@ -18,7 +18,8 @@ from typer import Option as option
 
 import keysift
 from keysift import pocket
-from keysift.cli.model import encode, load, new_tokens_allowed, pick_device, pick_dtype, read_prompt
+from keysift.checkpoint import encode, load, pick_device, pick_dtype
+from keysift.cli.prompt import new_tokens_allowed, read_prompt
 from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
 from keysift.methods import parse
 

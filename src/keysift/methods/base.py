@@ -107,6 +107,9 @@ class DecodeMethod:
     def append(self, index: Any, kv: KV, done: Tensor, ctx: Any) -> Any | None:
         return index
 
+    def scan_bytes(self, kv: KV, index: Any) -> int:
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetedDecode(DecodeMethod):

@@ -36,3 +36,6 @@ class Method:
 
     def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection | None:
         return None
+
+    def scan_bytes(self, kv: KV, index: None) -> int:
+        return 0

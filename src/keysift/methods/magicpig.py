@@ -110,3 +110,9 @@ class Method(DecodeMethod):
         floor = 1e-4 if self.mode == "seed" else 0.0
         law = CollisionLaw(index.mean, self.K, self.L, floor)
         return Selection.of((hits >= 2) & kv.contains()[:, None], law)
+
+    def scan_bytes(self, kv: KV, index: Index | None) -> int:
+        """A code of every key and table, as they are stored."""
+        if index is None:
+            return 0
+        return int(kv.length.sum()) * kv.k.shape[2] * self.L * index.codes.element_size()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
-from keysift.methods.topk import exact_scores
+from keysift.methods.topk import all_keys_bytes, exact_scores
 from keysift.ops.random import uniform
 from keysift.types import KV, Ctx, Selection
 
@@ -36,3 +36,6 @@ class Method(BudgetedDecode):
         times = torch.zeros_like(weight).scatter_add_(-1, drawn, counts)
         log_w = (times / (draws[:, None, None] * weight)).log().float()
         return Selection.of(times > 0, log_w)
+
+    def scan_bytes(self, kv: KV, index: None) -> int:
+        return all_keys_bytes(kv)

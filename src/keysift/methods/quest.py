@@ -54,5 +54,10 @@ class Method(BudgetedDecode):
         row_chosen = best.gather(-1, page_of_row.clamp(0, pages - 1)[:, None].expand(-1, best.shape[1], -1))
         return Selection.of(row_chosen & kv.contains()[:, None])
 
+    def scan_bytes(self, kv: KV, index: Index) -> int:
+        """Both bounds of every page."""
+        pages = int((-(-kv.length // self.page)).sum())
+        return 2 * pages * kv.k.shape[2] * kv.k.shape[3] * index.low.element_size()
+
     def _pages(self, kv: KV) -> int:
         return -(-int(kv.length.max()) // self.page)

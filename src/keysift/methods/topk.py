@@ -21,6 +21,11 @@ def exact_scores(q_BHD: Tensor, kv: KV, scale: float) -> Tensor:
     return score.masked_fill(~kv.contains()[:, None], -torch.inf)
 
 
+def all_keys_bytes(kv: KV) -> int:
+    """Bytes that the exact scores read."""
+    return int(kv.length.sum()) * kv.k.shape[2] * kv.k.shape[3] * kv.k.element_size()
+
+
 @dataclass(frozen=True, slots=True)
 class Method(BudgetedDecode):
     """TopK: the highest q.k of each query head, by reading all keys first; for studies."""
@@ -33,3 +38,6 @@ class Method(BudgetedDecode):
         if self.reads_all(kv.length):
             return None
         return Selection.of(top_k(exact_scores(q_BHD, kv, ctx.scale), self.count(kv.length)[:, None]))
+
+    def scan_bytes(self, kv: KV, index: None) -> int:
+        return all_keys_bytes(kv)

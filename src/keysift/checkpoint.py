@@ -1,10 +1,9 @@
-"""A model and a prompt from outside, checked: what cannot work is a ValueError that says why, before anything runs."""
+"""A model from outside, checked: what cannot work is a ValueError that says why, before anything runs."""
 
 from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,39 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "tekken.json", "merges.txt")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def read_prompt(text: str | None, file: Path | None, dash: str | None) -> str:
-    """The prompt from the one source that was given, exactly as it stands there, less a byte order mark."""
-    if sum(source is not None for source in (text, file, dash)) != 1:
-        raise ValueError("give one prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
-    if dash is not None and dash != "-":
-        raise ValueError(f"unexpected argument {dash!r}: pass text with --prompt, or - for standard input")
-    if dash is not None or file == Path("-"):
-        if sys.stdin is None:
-            raise ValueError("standard input is closed")
-        source, data = "standard input", sys.stdin.buffer.read()
-    elif file is not None:
-        source, data = str(file), read_bytes(file)
-    else:
-        assert text is not None
-        source, data = "--prompt", text.encode("utf-8", errors="surrogateescape")
-    try:
-        prompt = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{source} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from error
-    if not prompt.strip():
-        raise ValueError(f"the prompt from {source} is empty")
-    return prompt
-
-
-def read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -167,23 +133,3 @@ def context_tokens(config: Any) -> int | None:
     if rope.get("rope_type") == "yarn":
         return max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
     return limit
-
-
-def new_tokens_allowed(config: Any, prompt_tokens: int, asked: int | None, default: int) -> int:
-    """``asked``, or ``default`` cut to what fits; an error that says by how much the context is exceeded."""
-    limit = context_tokens(config)
-    if limit is None:
-        return asked or default
-    room = limit - prompt_tokens
-    if room < 1:
-        over = prompt_tokens + 1 - limit
-        raise ValueError(
-            f"the prompt has {prompt_tokens:,} tokens, and the model's context of {limit:,} must hold a new one too:"
-            f" shorten the prompt by {over:,}"
-        )
-    if asked is not None and asked > room:
-        raise ValueError(
-            f"{prompt_tokens:,} prompt tokens and {asked:,} new ones exceed the model's context of {limit:,} by"
-            f" {asked - room:,}: ask for at most {room:,} with --max-new-tokens"
-        )
-    return asked or min(default, room)

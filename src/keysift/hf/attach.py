@@ -1,32 +1,30 @@
-"""Any Hugging Face decoder: our attention function, mask function and cache behind transformers' own interfaces."""
+"""Any Hugging Face decoder: our attention function and mask function behind transformers' own interfaces."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from keysift import attention as path
 from keysift.cache import Store
+from keysift.hf.cache import adopt
+from keysift.meter import Meter
 from keysift.methods import dense, parse
-from keysift.types import KV, Ctx, check_seed
+from keysift.types import KV, Ctx, check_seed, one_of
 
 NAME = "keysift"
 SHORT_RUN = 16  # outside a prompt, so few queries read all keys: a verification pass, where dense costs little
 DENSE = dense.Method()
+READINGS = ("sparse", "dense", "decode")
 
 
 class Mask(NamedTuple):
@@ -52,10 +50,15 @@ class RunStats(NamedTuple):
     Attributes:
         prefill_density: share of the causal triangle read in prefill; None before one.
         kept_fraction: share of the cached keys read in decode; None before a step.
+        bytes_per_step: bytes of keys, values and side data read in decode for one token of one sequence.
+        prefill_error, decode_error: relative error of the attention output (see ``Stats``); None unless measured.
     """
 
     prefill_density: float | None
     kept_fraction: float | None
+    bytes_per_step: float | None
+    prefill_error: float | None
+    decode_error: float | None
 
 
 @dataclass(eq=False)
@@ -69,16 +72,44 @@ class Attachment:
     prefill: Any
     decode: Any
     seed: int = 0
-    meter: path.Meter = field(default_factory=path.Meter)
+    meter: Meter = field(default_factory=Meter)
     in_prompt: bool = False  # transformers is inside its prefill, in however many chunks
+    how: str | None = None  # set by `reading`
     _undo: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def stats(self) -> RunStats:
-        return RunStats(*self.meter.stats()[:2])
+        measured = self.meter.stats()
+        return RunStats(
+            measured.density,
+            measured.kept_fraction,
+            measured.bytes_per_step,
+            measured.prefill_error,
+            measured.decode_error,
+        )
 
-    def reset_stats(self) -> None:
-        self.meter = path.Meter()
+    def reset_stats(self, measure_error: bool = False) -> None:
+        """Start counting anew; ``measure_error`` also computes dense attention beside the methods' (slow)."""
+        self.meter = Meter(measure_error=measure_error)
+
+    @contextmanager
+    def reading(self, how: str) -> Iterator[None]:
+        """Say how the tokens given to the model within it are read, instead of telling by the shape of the call.
+
+        Args:
+            how: "sparse", a prompt for the prefill method; "dense", a prompt for dense attention; "decode", what
+                follows a prompt: a token at a time by the decode method, several at once by dense attention.
+        """
+        one_of("how", how, READINGS)
+        before, self.how = self.how, how
+        try:
+            yield
+        finally:
+            self.how = before
+
+    @property
+    def reads_prompt(self) -> bool:
+        return self.in_prompt if self.how is None else self.how != "decode"
 
     def detach(self) -> None:
         """Give the model back as it was before, newer attachments undone first. Safe to call twice."""
@@ -138,142 +169,6 @@ def detach(model: PreTrainedModel) -> None:
         link.detach()
 
 
-PATTERNS = ("default", "flash", "dense", "streaming_llm", "minfer", "vertical_slash", "flex_prefill")
-
-
-def patch_model(
-    model: PreTrainedModel, pattern: str = "flex_prefill", config: dict[str, Any] | None = None
-) -> Attachment:
-    """FlexPrefill's own spelling of ``attach``: its pattern and config names.
-
-    Args:
-        model: a Hugging Face decoder.
-        pattern: default or flash (dense), streaming_llm (global_window, local_window), minfer or vertical_slash
-            (block_size, vertical_size, slash_size), flex_prefill (block_size, flex_prefill_gamma, _tau, _min_budget,
-            _max_budget).
-        config: values for those names, in tokens; missing ones take the authors' defaults.
-
-    Raises:
-        ValueError: unknown pattern or name, bad value, unsupported model.
-    """
-    names: dict[str, dict[str, tuple[str, Any]]] = {
-        "dense": {},
-        "streaming": {"global_window": ("sinks", 1024), "local_window": ("window", 8192)},
-        "minference": {
-            "block_size": ("block", 128),
-            "vertical_size": ("vertical", 1000 if pattern == "minfer" else 8192),
-            "slash_size": ("slash", 6096 if pattern == "minfer" else 8192),
-        },
-        "flexprefill": {
-            "block_size": ("block", 128),
-            "flex_prefill_gamma": ("gamma", 0.9),
-            "flex_prefill_tau": ("tau", 0.1),
-            "flex_prefill_min_budget": ("min_budget", 1024),
-            "flex_prefill_max_budget": ("max_budget", None),
-        },
-    }
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern '{pattern}' unknown: choose {', '.join(PATTERNS)}")
-    method = {"streaming_llm": "streaming", "flex_prefill": "flexprefill"}.get(
-        pattern, "minference" if pattern in ("minfer", "vertical_slash") else "dense"
-    )
-    known = names[method]
-    if unknown := set(config or {}) - set(known):
-        raise ValueError(f"{pattern} has no option '{min(unknown)}': choose {', '.join(known) or 'none'}")
-    values = {ours: (config or {}).get(theirs, default) for theirs, (ours, default) in known.items()}
-    return attach(model, prefill=f"{method}:{','.join(f'{k}={v}' for k, v in values.items())}")
-
-
-class KVLayer(DynamicLayer):
-    """One layer of a cache: a ``Store`` behind transformers' interface."""
-
-    is_croppable = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.store = Store()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.store.append(key_states, value_states)
-        self._show()
-        assert self.keys is not None and self.values is not None
-        for tensor in (self.keys, self.values):
-            tensor._keysift_store = self.store  # type: ignore[attr-defined]  # how the attention function finds it
-        return self.keys, self.values
-
-    def _show(self) -> None:
-        self.keys, self.values = self.store.keys, self.store.values
-
-    def get_seq_length(self) -> int:
-        return self.store.length
-
-    def reset(self) -> None:
-        self.store = Store()
-        self.is_initialized = False
-        self._show()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove")
-        self.store.truncate(self.store.length + tokens_to_remove)
-        self._show()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.store.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-        self._show()
-
-    def offload(self) -> None:
-        raise ValueError("keysift does not support offloaded caches")
-
-    prefetch = offload
-
-
-class KVCache(DynamicCache):
-    """A preallocated cache with the methods' side data; pass it as ``past_key_values`` to keep it between turns.
-
-    Without one, an attached model turns the empty cache that ``generate`` makes into this kind.
-    """
-
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config=config)
-        adopt(self)
-
-
-def adopt(cache: Cache) -> None:
-    """Put our layers in the place of a dynamic cache's own, what they hold included.
-
-    Raises:
-        ValueError: static, quantised, offloaded or other caches.
-    """
-    if type(cache) not in (DynamicCache, KVCache) or cache.offloading:
-        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
-        raise ValueError(f"keysift does not support {kind}: pass a DynamicCache or keysift.KVCache, or none")
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = KVLayer
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[i] = ours = KVLayer()
-            if layer.keys is not None and layer.values is not None and layer.get_seq_length():
-                ours.update(layer.keys, layer.values)
-                ours.store.prompt = ours.store.length
-        elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
-            raise ValueError(f"keysift does not support cache layers of type {type(layer).__name__}")
-    cache.__dict__["_keysift"] = True  # layers that it adds later are ours too
-
-
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -304,15 +199,16 @@ def attention_function(
     kv = _view(key, value, attention_mask, store)
     ctx = Ctx(getattr(module, "layer_idx", 0), scale, kv.length - 1, link.seed if link else 0)
     if link is None or attention_mask.window is not None:
-        out = _prefill(q, kv, DENSE, ctx, path.Meter(), attention_mask)
-    elif q.shape[1] == 1 and kv.k.shape[1] > 1 and not link.in_prompt and (store is not None or link.decode != DENSE):
+        out = _prefill(q, kv, DENSE, ctx, Meter(), attention_mask)
+    elif q.shape[1] == 1 < kv.k.shape[1] and not link.reads_prompt and (store is not None or link.decode != DENSE):
         if store is None:
             raise ValueError(f"{type(module).__name__} hides its cache from keysift: only dense decode can serve it")
         out = path.decode(q[:, 0], store, link.decode, ctx, link.meter)[0][:, None]
     else:
         past = key.shape[2] - query.shape[2]
-        verifying = past > 0 and not link.in_prompt and q.shape[1] <= SHORT_RUN
-        out = _prefill(q, kv, DENSE if verifying else link.prefill, ctx, link.meter, attention_mask)
+        verifying = past > 0 and not link.reads_prompt and (q.shape[1] <= SHORT_RUN or link.how == "decode")
+        method = DENSE if verifying or link.how == "dense" else link.prefill
+        out = _prefill(q, kv, method, ctx, link.meter, attention_mask)
         if store is not None and not verifying:
             store.end_prefill(q, link.decode.tail)
     return out.contiguous(), None
@@ -367,7 +263,7 @@ AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, mask_function)
 
 
-def _prefill(q: Tensor, kv: KV, method: Any, ctx: Ctx, meter: path.Meter, mask: Mask) -> Tensor:
+def _prefill(q: Tensor, kv: KV, method: Any, ctx: Ctx, meter: Meter, mask: Mask) -> Tensor:
     """``attention.prefill``; sequences padded on the right are cut out first, each with queries of its own."""
     spans = list(zip(mask.start or (), mask.end or (), strict=True))
     if all(s >= e or e == kv.k.shape[1] for s, e in spans):

@@ -1,0 +1,7 @@
+"""Any Hugging Face decoder, behind transformers' own interfaces: no model code of ours."""
+
+from keysift.hf.attach import SHORT_RUN, Attachment, RunStats, attach, detach
+from keysift.hf.cache import KVCache
+from keysift.hf.patch import patch_model
+
+__all__ = ["SHORT_RUN", "Attachment", "KVCache", "RunStats", "attach", "detach", "patch_model"]

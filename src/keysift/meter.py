@@ -1,0 +1,81 @@
+"""What attention read, counted; and, where asked for, how far its output is from dense attention's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from keysift.ops.heads import per_query_head
+from keysift.types import KV, BlockMask, Selection, Stats
+
+
+@dataclass
+class Meter:
+    """Counts what was read; see ``Stats``."""
+
+    measure_mass: bool = False
+    measure_error: bool = False
+    pairs: list[float] = field(default_factory=lambda: [0.0, 0.0])  # prefill: read, causal
+    keys: list[float] = field(default_factory=lambda: [0.0, 0.0])  # decode: read, cached
+    bytes_read: float = 0.0  # decode
+    queries: Counter[int] = field(default_factory=Counter)  # decode: by layer
+    mass: list[Tensor] = field(default_factory=list)
+    errors: dict[str, list[Tensor]] = field(default_factory=lambda: {"prefill": [], "decode": []})
+
+    def stats(self) -> Stats:
+        density, kept = (read / total if total else None for read, total in (self.pairs, self.keys))
+        steps = max(self.queries.values(), default=0)
+        per_step = self.bytes_read / steps if steps else None
+        mass, prefill, decode = (_mean(x) for x in (self.mass, self.errors["prefill"], self.errors["decode"]))
+        return Stats(density, kept, mass, per_step, prefill, decode)
+
+    def add_mask(self, mask: BlockMask, tokens: range, heads: int, batch: int) -> None:
+        """Count the pairs that ``mask`` reads for the query positions ``tokens``."""
+        start = torch.arange(mask.full_count.shape[2]) * mask.block + mask.rows().start
+        queries = (start + mask.block).clamp(max=tokens.stop) - start.clamp(min=tokens.start)
+        on_diagonal = (start.clamp(min=tokens.start) - start) * queries + queries * (queries + 1) // 2
+        full, partial = mask.full_count.sum((0, 1)).cpu(), mask.partial_count.sum((0, 1)).cpu()
+        self.pairs[0] += float((full * mask.block * queries + partial * on_diagonal).sum())
+        self.pairs[1] += batch * heads * _causal_pairs(tokens)
+
+    def add_dense(self, tokens: range, heads: int, batch: int) -> None:
+        """Count a dense prefill of the query positions ``tokens``."""
+        pairs = batch * heads * _causal_pairs(tokens)
+        self.pairs[0] += pairs
+        self.pairs[1] += pairs
+        if self.measure_mass:
+            self.mass.append(torch.ones(1))
+        if self.measure_error:
+            self.errors["prefill"].append(torch.zeros(batch * heads))
+
+    def add_step(self, kv: KV, heads: int, layer: int, read: tuple[Selection, ...] | None, scanned: int) -> None:
+        """Count a decode step over the cache ``kv``: all of it, or the rows ``read`` after scanning so many bytes."""
+        cached = float(kv.length.sum())
+        row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
+        keys, rows = cached * heads, cached * kv.k.shape[2]
+        if read is not None:
+            keys = float(sum(per_query_head(s.count, heads, 1).sum() for s in read))
+            rows = float(sum(s.count.sum() for s in read))
+        self.keys[0] += keys
+        self.keys[1] += cached * heads
+        self.bytes_read += rows * row + scanned
+        self.queries[layer] += kv.length.shape[0]
+        if self.measure_error and read is None:
+            self.errors["decode"].append(torch.zeros(kv.length.shape[0] * heads))
+
+    def add_error(self, phase: str, out_BTHD: Tensor, dense_BTHD: Tensor) -> None:
+        """Note how far an output is from dense attention's; ``phase`` is "prefill" or "decode"."""
+        out, dense = out_BTHD.float(), dense_BTHD.float()
+        difference, norm = ((x**2).sum((1, 3)).sqrt() for x in (out - dense, dense))
+        self.errors[phase].append((difference / norm.clamp(min=1e-30)).flatten().cpu())
+
+
+def _mean(parts: list[Tensor]) -> float | None:
+    return float(torch.cat(parts).mean()) if parts else None
+
+
+def _causal_pairs(tokens: range) -> int:
+    return (tokens.start + 1 + tokens.stop) * len(tokens) // 2
