@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keysift.ops.block_sparse import block_sparse_attention, block_sparse_attention_reference
+from keysift.ops.block_sparse import _by_query_block, block_sparse_attention, block_sparse_attention_reference
 from keysift.ops.codes import collision_log_probability, hash_codes, match_codes, projections
 from keysift.ops.coverage import mass_covered
 from keysift.ops.dense import dense_attention, dense_attention_reference
@@ -84,6 +84,7 @@ def test_block_sparse_attention_reads_exactly_the_masked_blocks(tokens, keys, gr
     out, nothing = block_sparse_attention(q, kv, mask, q.shape[-1] ** -0.5)
     assert close(out, expected)
     assert nothing is None
+    assert close(_by_query_block(q, kv, mask, q.shape[-1] ** -0.5), expected)  # what GPUs take
     part = block_sparse_attention_reference(q, kv, mask, q.shape[-1] ** -0.5)
     assert close(part.out, expected)
     assert torch.equal(part.lse == -math.inf, lse == -math.inf)

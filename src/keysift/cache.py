@@ -95,7 +95,7 @@ class Store:
             prompt = kv.between(kv.start, torch.full_like(kv.start, self.prompt))
             tail = q_BHD[:, None] if self._tail is None else self._tail
             self._index, self._built_by = method.build(middle, prompt, tail, ctx), (method, ctx.seed)
-        elif method.grows and self._indexed is not None and bool((middle.end > self._indexed).any()):
+        elif method.grows and self._indexed is not None and bool((middle.end != self._indexed).any()):
             self._index = method.append(self._index, middle, torch.minimum(self._indexed, middle.end), ctx)
         self._indexed = middle.end
         return self._index

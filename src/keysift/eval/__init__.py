@@ -1,0 +1,1 @@
+"""What sparse attention costs in accuracy: tasks, resumable runs, tables and pictures."""

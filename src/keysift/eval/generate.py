@@ -1,0 +1,123 @@
+"""A prompt of two parts: the context, read by the prefill method, and the question at its end, read as asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keysift.hf import Attachment, KVCache
+from keysift.methods import parse
+from keysift.types import one_of
+
+QUESTIONS = ("sparse", "dense", "decode")
+
+
+def check_question(question: str, question_tokens: int | None) -> None:
+    """Raise ValueError for an unknown way of reading the question, or one without its length."""
+    one_of("question", question, QUESTIONS)
+    if question_tokens is not None and (not isinstance(question_tokens, int) or question_tokens < 1):
+        raise ValueError(f"question_tokens={question_tokens}: choose 1 or more")
+    if question != "sparse" and question_tokens is None:
+        raise ValueError(f"question={question} needs question_tokens=N: the last N tokens of a prompt are its question")
+
+
+def generate(
+    model: Any,
+    link: Attachment,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    question: str = "sparse",
+    question_tokens: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """``model.generate`` with a say in how the last tokens of the prompt, the question, are read.
+
+    Args:
+        model: an attached model, or a wrapper of it that generates.
+        link: what ``keysift.attach`` returned for it.
+        input_ids, attention_mask: ``[B, T]``, padded on the left.
+        question: "sparse", all is prompt for the prefill method; "dense", the question by dense attention over all
+            keys; "decode", the question a token at a time by the decode method. The context is always the prefill
+            method's.
+        question_tokens: how many of the last tokens are the question; all of a shorter prompt.
+        **kwargs: what ``model.generate`` takes.
+
+    Returns:
+        Token ids ``[B, T + new tokens]``.
+    """
+    check_question(question, question_tokens)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if question == "sparse":
+        return model.generate(input_ids, attention_mask=mask, **kwargs)
+    _, cache = read_prompt(model, link, input_ids, mask, question, question_tokens, leave=1)
+    repeat_cache(cache, model, kwargs)
+    with last_token_as(link, question):
+        return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
+
+
+def read_prompt(
+    model: Any,
+    link: Attachment,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    question: str = "sparse",
+    question_tokens: int | None = None,
+    leave: int = 0,
+) -> tuple[Tensor | None, KVCache]:
+    """Fill a cache with prompts ``[B, T]``, all but the last ``leave`` tokens.
+
+    Returns:
+        The logits after the last token read, ``[B, V]`` (None where nothing was to be read), and the cache.
+    """
+    if question == "decode" and len(input_ids) > 1 and int(attention_mask.sum(1).min()) <= (question_tokens or 0):
+        raise ValueError(
+            f"question=decode in a batch: every prompt needs more than question_tokens={question_tokens} tokens;"
+            " pass them one at a time"
+        )
+    cache = KVCache(config=model.config)
+    end = input_ids.shape[1] - leave
+    context = end if question == "sparse" else max(0, min(end, input_ids.shape[1] - (question_tokens or 0)))
+    step = 1 if question == "decode" else max(1, end - context)
+    parts = [("sparse", 0, context), *((question, i, i + step) for i in range(context, end, step))]
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = None
+    for how, start, stop in parts:
+        if start < stop:
+            with link.reading(how), torch.no_grad():
+                out = model(
+                    input_ids=input_ids[:, start:stop],
+                    attention_mask=attention_mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            logits = out.logits[:, -1]
+    return logits, cache
+
+
+@contextmanager
+def last_token_as(link: Attachment, question: str) -> Iterator[None]:
+    """Within it, ``model.generate`` reads the prompt's last token as ``question`` says, and new ones by decode."""
+    if question == "decode":
+        with link.reading("decode"):
+            yield
+        return
+    before = link.prefill
+    link.prefill = parse("dense", "prefill") if question == "dense" else before
+    try:
+        yield
+    finally:
+        link.prefill = before
+
+
+def repeat_cache(cache: KVCache, model: Any, kwargs: dict[str, Any]) -> None:
+    """Make as many copies of each prompt in a cache as ``model.generate`` with these arguments makes of its tokens."""
+    config = kwargs.get("generation_config") or model.generation_config
+    asked = (kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
+    if (copies := max(1, *(n or 1 for n in asked))) > 1:
+        cache.batch_repeat_interleave(copies)
