@@ -39,12 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lengths", default="4k,16k,32k")
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60)
     args = parser.parse_args()
-    command = [sys.executable, "-m", "keysift.cli", "eval", "--out", str(args.out), "--lengths", "4k,16k,32k"]
+    command = [sys.executable, "-m", "keysift.cli", "eval", "--out", str(args.out), "--lengths", args.lengths]
     command += ["--samples", str(args.samples), "--batch", str(args.batch), "--measure-error"]
     for run in ("dense", *(f"{args.part}={spec}" for spec in PARTS[args.part])):
         command += ["--run", run]

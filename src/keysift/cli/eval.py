@@ -83,7 +83,7 @@ def command(
     names = None if tasks is None else parse_tasks(tasks)
     if fetch:
         return fetch_data(names or list(ruler.TASKS), include_path)
-    asked = [runs.parse_run(text) for text in run or ()]
+    asked = runs.parse_runs(run or ())
     sizes = None if lengths is None else parse_lengths(lengths)
     folder_path = need_out(out)
     if preset is not None:

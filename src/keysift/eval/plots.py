@@ -55,7 +55,16 @@ def _overall(made: list[Cell]) -> list[Cell]:
 
 
 def _style(names: list[str]) -> dict[str, dict[str, Any]]:
-    return {n: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, n in enumerate(names)}
+    """A look of its own for each name: colours, then the same colours dashed, and so on."""
+    many = len(COLOURS)
+    return {
+        name: {
+            "color": COLOURS[i % many],
+            "marker": MARKERS[i % many],
+            "linestyle": ("-", "--", ":", "-.")[i // many % 4],
+        }
+        for i, name in enumerate(names)
+    }
 
 
 QUANTITIES = (  # the part of a run that reads it, the field, the axis, its unit
@@ -67,6 +76,8 @@ QUANTITIES = (  # the part of a run that reads it, the field, the axis, its unit
 
 def _accuracy(made: list[Cell], methods: dict[str, str]) -> Any:
     """A row a quantity, a column a length; one curve a method, its runs from the cheapest to the dearest."""
+    from matplotlib.ticker import LogLocator
+
     cells = [c for c in _overall(made) if c.length]
     lengths = list(dict.fromkeys(c.length for c in cells))
     shown = [q for q in QUANTITIES if any(q[0] in c.run and c.read[q[1]] is not None for c in cells)]
@@ -85,14 +96,14 @@ def _accuracy(made: list[Cell], methods: dict[str, str]) -> Any:
                 _curve(axis, points, field, unit, label=name, **style[name])
             if field != "prefill_density":
                 axis.set_xscale("log")
-                for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-                    ticks("{x:g}")
-                axis.tick_params(axis="x", which="both", labelsize=7)
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("")
             axis.set_title(f"{length:,} tokens")
             axis.set_xlabel(label)
             axis.set_ylim(-3, 103)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+        axes[row][0].legend(fontsize=7)
         axes[row][0].set_ylabel("score, % (95% interval)")
     return figure
 
