@@ -195,6 +195,20 @@ def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys
     assert sum(len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")) == 12
 
 
+def test_lm_evals_tasks_are_samples_like_any_other(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    args = ["eval", "--tasks", "lm:ruler_vt", "--lengths", "1k", "--samples", "2", "--out", tmp_path, "--json"]
+    code, out, _ = run([*args, "--run", "dense", "--run", SPARSE], capsys)
+    assert code == 0
+    cells = {(c["run"], c["task"]): c for c in json.loads(out)["cells"]}
+    assert cells["dense", "lm:ruler_vt"]["score"] == 1 and cells["dense", "lm:ruler_vt"]["samples"] == 2
+    assert cells[parse_run(SPARSE).name, "lm:ruler_vt"]["kept_fraction"] < 0.5
+    records = read_records(tmp_path)
+    assert all(len(r["outputs"]) == 5 and r["metrics"] for r in records)
+    code, again, _ = run([*args, "--run", "dense", "--run", SPARSE], capsys)
+    assert code == 0 and read_records(tmp_path) == records and again == out
+
+
 @pytest.mark.parametrize("how", ["dense", "decode"])
 def test_how_the_question_is_read_is_recorded_and_matters(how, tmp_path, finished, capsys):
     window = "prefill=streaming:sinks=16,window=64,block=16;decode=streaming:sinks=16,window=64"
@@ -232,6 +246,8 @@ BAD = [
     (["--run", "speed=fast"], "write prefill=SPEC;decode=SPEC;draft=SPEC"),
     (["--run", "draft=snapkv"], "no speculative decoding"),
     (["--run", "draft=nothing"], "decode method 'nothing' unknown"),
+    (["--tasks", "lm:ruler_vt", "--question", "dense"], "--question dense is for RULER's own tasks"),
+    (["--tasks", "lm:ruler_tv"], "ruler_vt"),
     (["--preset", "papers"], "preset=papers: choose magicpig or flexprefill"),
     (["--chat"], "no chat template"),
     (["--tasks", "niah_single_2"], "task niah_single_2: no essays file: pass --essays FILE"),

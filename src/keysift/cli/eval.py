@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,8 +207,15 @@ def load_harness(plan: runner.Plan, lm: Any, include_path: Path | None) -> dict[
     names = [task.removeprefix(runner.HARNESS) for task in plan.tasks if task.startswith(runner.HARNESS)]
     if not names:
         return {}
-    with quiet():
-        return harness_module().load(names, lm.config._name_or_path, plan.lengths, plan.seed, include_path)
+    if plan.question != "sparse" or plan.chat:
+        asked = "--chat" if plan.chat else f"--question {plan.question}"
+        raise ValueError(
+            f"{asked} is for RULER's own tasks: evaluate lm-eval's in a folder of their own without it, or with"
+            " `python -m keysift.eval.lm`, which has options for both"
+        )
+    module = harness_module()
+    with module.quiet():
+        return module.load(names, lm.config._name_or_path, plan.lengths, plan.seed, include_path)
 
 
 def fetch_data(names: list[str], include_path: Path | None) -> None:
@@ -220,7 +224,9 @@ def fetch_data(names: list[str], include_path: Path | None) -> None:
     for path in files.fetch(kinds):
         print(path)
     if theirs := [n.removeprefix(runner.HARNESS) for n in names if n.startswith(runner.HARNESS)]:
-        harness_module().fetch(theirs, include_path=include_path)
+        module = harness_module()
+        with module.quiet():
+            module.fetch(theirs, include_path=include_path)
         print(f"lm-eval has the data of {', '.join(theirs)}")
 
 
@@ -230,17 +236,6 @@ def harness_module() -> Any:
     except ImportError as error:
         raise ValueError(f"tasks of lm-eval need it: pip install 'keysift[eval]' ({error})") from error
     return harness
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Libraries that log while they load say nothing below an error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 # ---- running and showing ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import io
+import logging
 import math
 import random
 import sys
@@ -184,9 +185,14 @@ def known(include_path: str | Path | None = None) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What lm-eval prints within it goes nowhere."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+    """What lm-eval prints and logs within it goes nowhere, errors excepted."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 @functools.cache

@@ -219,18 +219,14 @@ def _answer(plan: Plan, run: Run, model: Any, tokenizer: Any, samples: list[rule
 
 def _harness_records(plan: Plan, step: Step, model: Any, tokenizer: Any, task: Any) -> list[Record]:
     """lm-eval's documents, one by one."""
+    from keysift.eval.harness import quiet
     from keysift.eval.lm import KeysiftLM
 
+    with quiet():
+        methods = {"prefill": step.run.prefill, "decode": step.run.decode}
+        lm = KeysiftLM(model, tokenizer=tokenizer, **methods, seed=plan.seed, batch_size=plan.batch)
     records = []
     for index in step.missing:
-        lm = KeysiftLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            prefill=step.run.prefill,
-            decode=step.run.decode,
-            seed=plan.seed,
-            batch_size=plan.batch,
-        )
         try:
             lm.reset_stats(plan.measure_error)
             answer = task.answer(index, lm)
