@@ -15,6 +15,7 @@ from typer import Option as option
 
 from keysift import pocket
 from keysift.checkpoint import context_tokens, load, pick_device, pick_dtype
+from keysift.cli import options
 from keysift.eval import data as files
 from keysift.eval import plots, report, results, ruler, runner, runs
 from keysift.eval.generate import QUESTIONS
@@ -42,14 +43,12 @@ def command(
         int | None, option(metavar="N", show_default=str(DEFAULT_SAMPLES), help="Samples of each task and length.")
     ] = None,
     out: Annotated[Path | None, option(metavar="DIR", help="Results; the same command continues there.")] = None,
-    model: Annotated[
-        str | None, option(metavar="PATH", show_default="the shipped pocket model", help="Model folder or hub id.")
-    ] = None,
+    model: options.Model = None,
     preset: Annotated[str | None, option(metavar="NAME", help="A published protocol: magicpig or flexprefill.")] = None,
     question: Annotated[
         str, option(metavar="HOW", help="How the question is read: sparse (as the prompt), dense, or decode.")
     ] = "sparse",
-    chat: Annotated[bool, option("--chat", help="Apply the model's chat template.")] = False,
+    chat: options.Chat = False,
     seed: Annotated[int, option(metavar="N", help="Of the samples, and of methods that draw.")] = 0,
     batch: Annotated[int, option(metavar="N", help="Samples generated together.")] = 1,
     measure_error: Annotated[
@@ -64,8 +63,8 @@ def command(
     retry_failed: Annotated[bool, option("--retry-failed", help="Do the samples again that failed.")] = False,
     only_report: Annotated[bool, option("--report", help="Only show what is in the folder.")] = False,
     fetch: Annotated[bool, option("--fetch", help="Download what the tasks need, and stop.")] = False,
-    device: Annotated[str, option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, option(metavar="T", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
     as_json: Annotated[bool, option("--json", help="Print JSON instead of the table.")] = False,
     as_csv: Annotated[bool, option("--csv", help="Print CSV instead of the table.")] = False,
 ) -> None:

@@ -7,18 +7,17 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from rich.console import Console
-from typer import Argument as argument
 from typer import Exit
 from typer import Option as option
 
 import keysift
 from keysift import pocket
 from keysift.checkpoint import encode, load, pick_device, pick_dtype
+from keysift.cli import options
 from keysift.cli.prompt import new_tokens_allowed, read_prompt
 from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
 from keysift.methods import parse
@@ -37,13 +36,11 @@ class Generation(NamedTuple):
 
 
 def command(
-    dash: Annotated[str | None, argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
-    model: Annotated[
-        str | None, option(metavar="PATH", show_default="the shipped pocket model", help="Model folder or hub id.")
-    ] = None,
-    prompt: Annotated[str | None, option(metavar="TEXT", help="The prompt.")] = None,
-    prompt_file: Annotated[Path | None, option(metavar="FILE", help="UTF-8 file with the prompt; - as above.")] = None,
-    prefill: Annotated[str, option(metavar="SPEC", help="How the prompt is read: name[:key=value,...].")] = "dense",
+    dash: options.Dash = None,
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
+    prefill: options.Prefill = "dense",
     decode: Annotated[str, option(metavar="SPEC", help="How new tokens read the past, likewise.")] = "dense",
     max_new_tokens: Annotated[
         int | None, option(metavar="N", show_default=f"{DEFAULT_NEW_TOKENS}, or what fits", help="When to stop.")
@@ -51,12 +48,9 @@ def command(
     temperature: Annotated[float, option(metavar="T", help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, option(metavar="P", help="Sample from the likeliest tokens of this mass.")] = 1.0,
     seed: Annotated[int, option(metavar="N", help="For sampling, and for methods that draw.")] = 0,
-    chat: Annotated[bool, option("--chat", help="Apply the model's chat template.")] = False,
-    device: Annotated[str, option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        option(metavar="T", help="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16."),
-    ] = "auto",
+    chat: options.Chat = False,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
     prefill_chunk: Annotated[int | None, option(metavar="N", help="Read the prompt N tokens at a time.")] = None,
     as_json: Annotated[bool, option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:

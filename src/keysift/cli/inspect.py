@@ -13,12 +13,12 @@ from typing import Annotated, Any
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from typer import Argument as argument
 from typer import Exit
 from typer import Option as option
 
 from keysift import pocket
 from keysift.checkpoint import context_tokens, encode, load, pick_device, pick_dtype
+from keysift.cli import options
 from keysift.cli.generate import INTERRUPTED, check_range
 from keysift.cli.prompt import read_prompt
 from keysift.cli.stream import prefill_bar
@@ -42,13 +42,11 @@ FIGURES = {  # of a head, in the order of CSV columns; those of decode are the l
 
 
 def command(
-    dash: Annotated[str | None, argument(metavar="[-]", help="Read the prompt from standard input.")] = None,
-    model: Annotated[
-        str | None, option(metavar="PATH", show_default="the shipped pocket model", help="Model folder or hub id.")
-    ] = None,
-    prompt: Annotated[str | None, option(metavar="TEXT", help="The prompt.")] = None,
-    prompt_file: Annotated[Path | None, option(metavar="FILE", help="UTF-8 file with the prompt; - as above.")] = None,
-    prefill: Annotated[str, option(metavar="SPEC", help="How the prompt is read: name[:key=value,...].")] = "dense",
+    dash: options.Dash = None,
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
+    prefill: options.Prefill = "dense",
     decode: Annotated[str | None, option(metavar="SPEC", help="How new tokens read the past; none without it.")] = None,
     layers: Annotated[str | None, option(metavar="LIST", help="Such as 0,3; or all. Default: a few.")] = None,
     heads: Annotated[str | None, option(metavar="LIST", help="Query heads, likewise.")] = None,
@@ -60,12 +58,9 @@ def command(
     as_json: Annotated[bool, option("--json", help="One JSON object instead of the table.")] = False,
     maps: Annotated[bool, option("--maps", help="The block maps and the rows read, in the JSON object.")] = False,
     seed: Annotated[int, option(metavar="N", help="For methods that draw.")] = 0,
-    chat: Annotated[bool, option("--chat", help="Apply the model's chat template.")] = False,
-    device: Annotated[str, option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        option(metavar="T", help="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16."),
-    ] = "auto",
+    chat: options.Chat = False,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
 ) -> None:
     """Draw what heads attend to in a prompt, and what methods keep of it."""
     methods = parse(prefill, "prefill"), None if decode is None else parse(decode, "decode")
