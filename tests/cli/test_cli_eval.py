@@ -187,6 +187,7 @@ def test_a_sample_that_fails_is_marked_and_the_rest_goes_on(tmp_path, monkeypatc
     assert len(read_records(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys):
     folder, _, _ = finished
     for i in range(2):
@@ -195,6 +196,7 @@ def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys
     assert sum(len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")) == 12
 
 
+@pytest.mark.slow
 def test_lm_evals_tasks_are_samples_like_any_other(tmp_path, capsys):
     pytest.importorskip("lm_eval")
     args = ["eval", "--tasks", "lm:ruler_vt", "--lengths", "1k", "--samples", "2", "--out", tmp_path, "--json"]
@@ -209,6 +211,7 @@ def test_lm_evals_tasks_are_samples_like_any_other(tmp_path, capsys):
     assert code == 0 and read_records(tmp_path) == records and again == out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dense", "decode"])
 def test_how_the_question_is_read_is_recorded_and_matters(how, tmp_path, finished, capsys):
     window = "prefill=streaming:sinks=16,window=64,block=16;decode=streaming:sinks=16,window=64"
@@ -224,6 +227,7 @@ def test_how_the_question_is_read_is_recorded_and_matters(how, tmp_path, finishe
     assert all(0.1 < density < 0.4 for density in read)
 
 
+@pytest.mark.slow
 def test_batches_answer_as_single_samples_do(tmp_path, finished, capsys):
     code, _, _ = run([*QUICK, "--run", "dense", "--run", SPARSE, "--batch", "3", "--out", tmp_path], capsys)
     same = sum(a == b for a, b in zip(scores(tmp_path), scores(finished[0]), strict=True))

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from keysift import pocket
+from keysift.eval import data as sources
 from keysift.eval import ruler
 from keysift.eval.data import Data
 
@@ -286,6 +287,21 @@ def test_missing_and_wrong_files_are_named(tmp_path, monkeypatch):
             getattr(Data(**{f"{kind}_file": tmp_path / "wrong.json"}), kind)
         with pytest.raises(ValueError, match=f"{tmp_path}/none is no file"):
             getattr(Data(**{f"{kind}_file": tmp_path / "none"}), kind)
+
+
+def test_fetching_fills_the_cache_once_and_never_with_something_else(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    page = tmp_path / "page.html"
+    page.write_text("<html>not found</html>")
+    monkeypatch.setattr(sources, "SQUAD_URL", page.as_uri())
+    with pytest.raises(ValueError, match=r"cannot fetch SQuAD's dev-v2.0.json: .* pass --squad FILE"):
+        sources.fetch(["squad"])
+    assert not list(sources.cache_folder().iterdir())
+    monkeypatch.setattr(sources, "SQUAD_URL", data.squad_file.as_uri())
+    assert sources.fetch(["squad"]) == [sources.cache_folder() / "squad-dev-v2.0.json"]
+    assert Data().squad == data.squad
+    monkeypatch.setattr(sources, "SQUAD_URL", "file:///nowhere")  # not asked again
+    assert sources.fetch(["squad"]) == [sources.cache_folder() / "squad-dev-v2.0.json"]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json", "jsonl"])

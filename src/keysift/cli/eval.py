@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -220,6 +221,7 @@ def load_harness(plan: runner.Plan, lm: Any, include_path: Path | None) -> dict[
 def fetch_data(names: list[str], include_path: Path | None) -> None:
     """Download what tasks need; say what there is."""
     kinds = list(dict.fromkeys(t.needs for n in names if (t := ruler.TASKS.get(n)) and t.needs))
+    logging.disable(logging.WARNING)  # the hub's library tells of every retry
     for path in files.fetch(kinds):
         print(path)
     if theirs := [n.removeprefix(runner.HARNESS) for n in names if n.startswith(runner.HARNESS)]:
