@@ -18,6 +18,8 @@ from lm_eval.tasks import TaskManager
 from keysift.eval import harness, squad
 from keysift.eval.lm import KeysiftLM
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data"
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 RULER = "niah_single_1 niah_multikey_2 niah_multikey_3 ruler_vt ruler_cwe ruler_fwe".split()

@@ -26,6 +26,8 @@ from keysift.eval import lm as lm_module
 from keysift.eval.lm import KeysiftLM, main
 from keysift.eval.model_args import glue, glue_pairs, prepare
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = (pocket.path() / "demo.txt").read_text(encoding="utf-8")
 QUESTION = "What is the secret code for heavy-chalk?"
 STREAMING = "streaming:sinks=4,window=48,block=16"

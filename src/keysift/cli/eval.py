@@ -294,23 +294,24 @@ def finish(path: Path, show: str) -> None:
     console = Console(stderr=True)
     methods = {name: runs.parse_run(name).methods for name in settings["runs"]}
     whole = {"settings": settings, "cells": [cell.flat() for cell in made]}
+    written: list[Path] = []
     try:
-        (path / "report.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        (path / "report.csv").write_text(report.to_csv(made), encoding="utf-8")
-        drawn = plots.draw(made, methods, path)
+        results.replace_file(path / "report.json", json.dumps(whole, indent=1) + "\n")
+        results.replace_file(path / "report.csv", report.to_csv(made))
+        written = [path / "report.json", path / "report.csv"]
+        written += plots.draw(made, methods, path)
     except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror}") from error
+        console.print(f"cannot write the report to {path}: {error.strerror}", soft_wrap=True, highlight=False)
     except ValueError as error:  # no matplotlib
-        drawn = []
-        console.print(f"no pictures: {error}", soft_wrap=True)
+        console.print(f"no pictures: {error}", soft_wrap=True, highlight=False)
     if show == "json":
         print(json.dumps(whole))
     elif show == "csv":
         sys.stdout.write(report.to_csv(made))
     else:
         Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(report.table(made, settings))
-    written = [path / "report.json", path / "report.csv", *drawn]
-    console.print("wrote " + ", ".join(str(p) for p in written), soft_wrap=True, highlight=False)
+    if written:
+        console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True, highlight=False, markup=False)
     if failed := [r for r in records if r["error"]]:
         console.print(
             f"{len(failed)} of {len(records)} samples failed, the first with {failed[0]['error']}:"

@@ -62,7 +62,7 @@ class Folder:
                     raise ValueError(
                         f"{self.path} was begun with other settings: {'; '.join(changed)}: choose another --out{remedy}"
                     )
-        _replace(file, json.dumps(settings, indent=1) + "\n")
+        replace_file(file, json.dumps(settings, indent=1) + "\n")
         return settings
 
     def records(self) -> list[Record]:
@@ -104,7 +104,7 @@ class Folder:
                 if not record["error"]:
                     kept.append(line + "\n")
             if dropped:
-                _replace(file, "".join(kept))
+                replace_file(file, "".join(kept))
             failed += dropped
         self.done = {key_of(record) for record in self.records()}
         return failed
@@ -182,7 +182,7 @@ def _union(before: Any, after: Any) -> Any:
     return max(before or 0, after)
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     with part.open("w", encoding="utf-8") as out:

@@ -99,7 +99,7 @@ def make_sample(
 
     def attempt(units: int) -> tuple[Text, list[int]]:
         text = known.make(random.Random(f"{seed} {task} {length} {index}"), units, length, data, index)
-        return text, tokenizer(rendered(tokenizer, text, chat), add_special_tokens=not chat)["input_ids"]
+        return text, _encoded(tokenizer, rendered(tokenizer, text, chat), chat)
 
     text, ids = _fill(attempt, known.least, budget)
     if len(ids) > budget:
@@ -107,7 +107,7 @@ def make_sample(
             f"length={length}: {task} needs at least {len(ids) + known.new_tokens} tokens with this tokenizer"
         )
     whole = rendered(tokenizer, text, chat)
-    context = tokenizer(whole[: whole.rindex(text.question)], add_special_tokens=not chat)["input_ids"]
+    context = _encoded(tokenizer, whole[: whole.rindex(text.question)], chat)
     differs = [i for i, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b]
     before_question = min([len(context), *differs[:1]])
     return Sample(task, length, index, ids, len(ids) - before_question, text.outputs, known.new_tokens)
@@ -134,6 +134,12 @@ def _fill(attempt: Callable[[int], tuple[Text, list[int]]], least: int, budget: 
         guess = low + int((budget - tokens) / slope)
         units = min(max(guess, low + 1), high - 1) if high else max(guess + 1, low + 1)
     return best
+
+
+def _encoded(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    """Token ids of a prompt; a chat template brings its own special tokens, and no prompt ends with an end token."""
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    return ids[:-1] if ids and not chat and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def rendered(tokenizer: Any, text: Text, chat: bool) -> str:
