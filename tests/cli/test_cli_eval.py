@@ -5,21 +5,26 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 from keysift import pocket
+from keysift.cli import eval as evaluation
 from keysift.cli import main
 from keysift.eval import ruler, runner
 from keysift.eval.data import Data
 from keysift.eval.results import read_records
 from keysift.eval.runs import parse_run, preset
+
+from ..tiny_models import tiny
 
 QUICK = ["eval", "--tasks", "niah_single_1,vt", "--lengths", "1k", "--samples", "3"]
 SPARSE = "prefill=flexprefill:block=32,min_budget=64;decode=magicpig:K=8,L=75"
@@ -119,6 +124,58 @@ def test_changed_settings_are_refused_and_growing_is_asked_for(finished, capsys)
     code, _, err = run([*command[:-4], "--run", "decode=topk", "--out", folder], capsys)
     assert code == 2 and "--extend" in err
     assert (folder / "settings.json").read_bytes() == before
+
+
+def test_a_changed_model_is_noticed(tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(pocket.path(), copy)
+    args = [*QUICK, "--model", copy, "--out", tmp_path / "out"]
+    assert run(args, capsys)[0] == 0
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 1000.0
+    (copy / "config.json").write_text(json.dumps(config))
+    code, _, err = run(args, capsys)
+    assert code == 2 and "config: " in err and "weights" not in err
+    shutil.copyfile(pocket.path() / "config.json", copy / "config.json")
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+    next(iter(weights.values()))[3, 5] += 1
+    safetensors.torch.save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(args, capsys)
+    assert code == 2 and "weights: " in err and "config: " not in err
+
+
+def test_extending_starts_from_what_the_folder_has(tmp_path, capsys):
+    assert run(["eval", "--tasks", "vt", "--lengths", "1k", "--samples", "1", "--out", tmp_path], capsys)[0] == 0
+    code, _, _ = run(["eval", "--extend", "--run", "decode=topk", "--out", tmp_path], capsys)
+    done = sorted((r["run"], r["task"], r["length"], r["index"]) for r in read_records(tmp_path))
+    assert code == 0 and done == [("decode=topk", "vt", 1024, 0), ("dense", "vt", 1024, 0)]
+
+
+def test_a_checkpoints_generation_config_changes_no_answer(tmp_path, finished, capsys, monkeypatch):
+    loaded = evaluation.load
+
+    def peculiar(*args):
+        model, tokenizer = loaded(*args)
+        model.generation_config.update(use_cache=False, no_repeat_ngram_size=3, do_sample=True, temperature=9.0)
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluation, "load", peculiar)
+    assert run([*QUICK, "--run", "dense", "--run", SPARSE, "--out", tmp_path], capsys)[0] == 0
+    assert scores(tmp_path) == scores(finished[0])
+
+
+def test_samples_that_do_not_fit_are_marked_and_the_rest_goes_on(tmp_path, capsys):
+    args = ["eval", "--tasks", "niah_single_1", "--samples", "6", "--out", tmp_path]
+    code, out, err = run([*args, "--lengths", "240"], capsys)
+    assert code == 1 and "failed" in out and "needs at least" in err
+    assert len(read_records(tmp_path)) == 6 and 0 < sum(bool(r["error"]) for r in read_records(tmp_path)) < 6
+
+
+def test_methods_on_a_model_that_they_cannot_serve_are_refused(tmp_path, capsys, monkeypatch):
+    model, tokenizer = tiny("mistral-sliding-window"), transformers.AutoTokenizer.from_pretrained(pocket.path())
+    monkeypatch.setattr(evaluation, "load", lambda *args: (model, tokenizer))
+    code, _, err = run([*QUICK, "--run", "decode=topk", "--out", tmp_path / "out"], capsys)
+    assert code == 2 and "every layer of this model has a sliding window" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from keysift.eval.results import Folder, Key, differences, file_name, read_recor
 from keysift.eval.statistics import average, mean_score, paired_difference
 
 SETTINGS = {"tasks": ["vt"], "lengths": [1024], "runs": ["dense"], "samples": 3, "seed": 0, "versions": {"torch": "2"}}
+SETTINGS |= {"model": "m", "data": {}}
 
 
 def record(index, run="dense", task="vt", length=1024, score=1.0, error=None, **more):
@@ -110,10 +111,31 @@ def test_two_processes_cannot_write_one_file(tmp_path):
     opened(tmp_path).claim(["dense"])
 
 
+def test_data_may_be_added_but_not_changed(tmp_path):
+    opened(tmp_path, SETTINGS | {"data": {"squad": "1"}}).close()
+    more = SETTINGS | {"data": {"essays": "2"}}
+    assert opened(tmp_path, more, extend=True).settings["data"] == {"squad": "1", "essays": "2"}
+    with pytest.raises(ValueError, match=r"data.squad: 1 there, 9 here"):
+        opened(tmp_path, SETTINGS | {"data": {"squad": "9"}}, extend=True)
+
+
+def test_failed_samples_are_not_forgotten_under_another_process(tmp_path):
+    writing = opened(tmp_path, shard="0-2")
+    writing.append([record(0, score=None, error="OutOfMemoryError: no")])
+    with pytest.raises(ValueError, match="another process is writing"):
+        opened(tmp_path).forget_failed()
+    assert opened(tmp_path, shard="1-2").forget_failed() == 0  # not its own
+    writing.append([record(1)])
+    assert len(read_records(tmp_path)) == 2
+
+
 def test_failed_samples_can_be_forgotten(tmp_path):
     folder = opened(tmp_path)
-    folder.append([record(0), record(1, score=None, error="OutOfMemoryError: no"), record(2)])
+    failed = record(1, score=None, error="OutOfMemoryError: no")
+    folder.append([record(0) | {"pred": "a\u2028b\u0085\ud83d"}, failed, record(2)])
     folder.close()
+    with (tmp_path / "dense.jsonl").open("a") as out:
+        out.write('{"run": "de')
     again = opened(tmp_path)
     assert again.forget_failed() == 1 and Key("dense", "vt", 1024, 1) not in again.done
     again.append([record(1)])

@@ -83,6 +83,8 @@ def command(
     asked = runs.parse_runs(run or ())
     sizes = None if lengths is None else parse_lengths(lengths)
     folder_path = need_out(out)
+    if extend:
+        names, sizes, asked, samples = added(results.read_settings(folder_path), names, sizes, asked, samples)
     if preset is not None:
         one_of("preset", preset, runs.PRESETS)
     console = Console(stderr=True)
@@ -98,7 +100,7 @@ def command(
         console.print(f"preset {preset}: {chosen.note}", highlight=False)
         asked = list({r.name: r for r in [*runs.parse_runs(chosen.runs), *asked]}.values())
         names, samples = names or list(chosen.tasks), samples or chosen.samples
-        sizes = sizes or [n for n in chosen.lengths if limit is None or n <= limit]
+        sizes = sizes or fitting(chosen.lengths, limit, console)
     plan = runner.Plan(
         tuple(names or ruler.OFFLINE),
         tuple(sizes or DEFAULT_LENGTHS),
@@ -114,10 +116,9 @@ def command(
     material = files.Data(essays, squad, hotpot)
     harness = load_harness(plan, lm, include_path)
     check_lengths(plan, tokenizer, material, limit)
-    decided = runner.settings(plan, lm, model or "pocket", material)
+    runner.check_served(lm, plan.runs)
+    decided = runner.settings(plan, lm, tokenizer, model or "pocket", material, harness)
     folder = results.Folder(folder_path, decided, extend=extend, shard="" if part == (0, 1) else f"{part[0]}-{part[1]}")
-    if extend:
-        plan = grown(plan, folder.settings)
     try:
         if retry_failed:
             folder.forget_failed()
@@ -126,7 +127,8 @@ def command(
     finally:
         folder.close()
     if interrupted:
-        console.print(f"interrupted: what is done is safe in {folder_path}; the same command continues", soft_wrap=True)
+        text = f"interrupted: what is done is safe in {folder_path}; the same command continues"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
         raise Exit(INTERRUPTED)
     finish(folder_path, show)
 
@@ -191,15 +193,28 @@ def check_lengths(plan: runner.Plan, tokenizer: Any, material: files.Data, limit
             runner.make_sample(plan, task, plan.lengths[0], plan.samples - 1, tokenizer, material)
 
 
-def grown(plan: runner.Plan, settings: dict[str, Any]) -> runner.Plan:
-    """The plan with what the folder had before and what was added to it."""
-    return runner.Plan(
-        tuple(settings["tasks"]),
-        tuple(sorted(settings["lengths"])),
-        tuple(runs.parse_run(name) for name in settings["runs"]),
-        settings["samples"],
-        *(getattr(plan, name) for name in ("seed", "question", "chat", "batch", "measure_error", "shard")),
+def added(
+    before: dict[str, Any], names: list[str] | None, sizes: list[int] | None, asked: list[runs.Run], samples: int | None
+) -> tuple[list[str], list[int], list[runs.Run], int]:
+    """What a folder was begun with, and what is named besides."""
+    return (
+        list(dict.fromkeys([*before["tasks"], *(names or ())])),
+        sorted({*before["lengths"], *(sizes or ())}),
+        runs.parse_runs([*before["runs"], *(r.name for r in asked)]),
+        max(before["samples"], samples or 0),
     )
+
+
+def fitting(lengths: tuple[int, ...], limit: int | None, console: Console) -> list[int]:
+    """Those of a preset's lengths that the model's context holds."""
+    fit = [n for n in lengths if limit is None or n <= limit]
+    if not fit:
+        raise ValueError(
+            f"the preset begins at {lengths[0]:,} tokens, the model's context is {limit:,}: give --lengths"
+        )
+    if left := lengths[len(fit) :]:
+        console.print(f"beyond the model's context and left out: {', '.join(f'{n:,}' for n in left)}", highlight=False)
+    return fit
 
 
 def load_harness(plan: runner.Plan, lm: Any, include_path: Path | None) -> dict[str, Any]:
@@ -215,7 +230,16 @@ def load_harness(plan: runner.Plan, lm: Any, include_path: Path | None) -> dict[
         )
     module = harness_module()
     with module.quiet():
-        return module.load(names, lm.config._name_or_path, plan.lengths, plan.seed, include_path)
+        made = module.load(names, lm.config._name_or_path, plan.lengths, plan.seed, include_path)
+    for name, task in made.items():
+        if not task.higher_is_better:
+            raise ValueError(
+                f"lm:{name} is scored by {task.metric}, which is no share of right answers: use python -m"
+                " keysift.eval.lm"
+            )
+        if task.by_length and len(plan.lengths) > 1:
+            raise ValueError(f"lm:{name}: lm-eval's RULER takes one length a folder; give --lengths one")
+    return made
 
 
 def fetch_data(names: list[str], include_path: Path | None) -> None:
@@ -301,15 +325,18 @@ def finish(path: Path, show: str) -> None:
         written = [path / "report.json", path / "report.csv"]
         written += plots.draw(made, methods, path)
     except OSError as error:
-        console.print(f"cannot write the report to {path}: {error.strerror}", soft_wrap=True, highlight=False)
+        text = f"cannot write the report to {path}: {error.strerror}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     except ValueError as error:  # no matplotlib
-        console.print(f"no pictures: {error}", soft_wrap=True, highlight=False)
+        console.print(f"no pictures: {error}", soft_wrap=True, highlight=False, markup=False)
     if show == "json":
         print(json.dumps(whole))
     elif show == "csv":
         sys.stdout.write(report.to_csv(made))
     else:
-        Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(report.table(made, settings))
+        Console(width=max(160, Console().width) if sys.stdout.isatty() else 200, highlight=False).print(
+            report.table(made, settings)
+        )
     if written:
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True, highlight=False, markup=False)
     if failed := [r for r in records if r["error"]]:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"
 HOTPOT = ("namlh2004/hotpotqa", "hotpot_dev_distractor_v1.json")  # a copy on the hub: the original host is gone
+LONGEST_SENTENCE = 1000  # characters; text without full stops is cut, so that needles find places in it
 ESSAYS = "baber/paul_graham_essays"
 FILES = {"essays": "essays.txt", "squad": "squad-dev-v2.0.json", "hotpot": HOTPOT[1]}
 WHAT = {
@@ -74,7 +76,8 @@ class Data:
         text = re.sub(r"\s+", " ", _read("essays", self.file("essays"), _essay_text)).strip()
         if len(text) < 200:
             raise ValueError(f"--essays {self.file('essays')} holds {len(text)} characters: a haystack needs more")
-        return re.split(r"(?<=[.!?]) ", text)
+        sentences = re.split(r"(?<=[.!?]) |(?<=[。！？])", text)
+        return [part for s in sentences if s for part in textwrap.wrap(s, LONGEST_SENTENCE)]
 
     @cached_property
     def squad(self) -> Corpus:
@@ -149,7 +152,7 @@ def _read(kind: str, path: Path, parse: Callable[[Path], Any]) -> Any:
 def _essay_text(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        return " ".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        return " ".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
     if path.suffix == ".json":
         held = json.loads(text)
         return " ".join(item["text"] for item in (held if isinstance(held, list) else [held]))
@@ -166,14 +169,18 @@ def _squad(raw: dict[str, Any]) -> Corpus:
             gold = number[paragraph["context"]]
             near = tuple(sorted({number[text] for text in texts} - {gold}))
             for asked in paragraph["qas"]:
-                if not asked.get("is_impossible"):
+                if not asked.get("is_impossible") and asked["answers"]:
                     outputs = tuple(answer["text"] for answer in asked["answers"])
                     questions.append(Question(asked["question"], outputs, (gold,), near))
+    if not questions:
+        raise ValueError("no question has an answer")
     return Corpus(documents, questions)
 
 
 def _hotpot(raw: list[dict[str, Any]]) -> Corpus:
     def text(document: list[Any]) -> str:
+        if not (isinstance(document, list) and len(document) == 2 and isinstance(document[1], list)):
+            raise ValueError("a context is not a list of [title, [sentences]]")
         return f"{document[0]}\n{''.join(document[1])}"
 
     documents = sorted({text(d) for item in raw for d in item["context"]})

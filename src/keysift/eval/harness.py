@@ -74,6 +74,7 @@ class HarnessTask:
         """Have a model answer document ``index``, counted from 0 in lm-eval's order."""
         instances = self._instances(index)
         doc, requests = instances[0].doc, [i for i in instances for _ in range(i.repeats or 1)]
+        _refuse_cut_prompts(requests, lm)
         run = getattr(lm, instances[0].request_type)
         for instance, response in zip(requests, run(requests, disable_tqdm=True), strict=True):
             instance.resps.append(response)
@@ -94,6 +95,11 @@ class HarnessTask:
                 " `python -m keysift.eval.lm`"
             )
         return Answer(_prediction(instances), self._references(doc), score, metrics)
+
+    def spelled(self) -> str:
+        """All documents, and the first prompt: what a run's results depend on."""
+        documents = "\n".join(repr(doc) for doc in self._task.eval_docs)
+        return f"{[instance.arguments for instance in self._instances(0)]}\n{documents}"
 
     def _instances(self, index: int) -> list[Any]:
         """The requests of a document, with nothing answered yet.
@@ -181,6 +187,16 @@ def fetch(
 def known(include_path: str | Path | None = None) -> list[str]:
     """Names of all tasks, groups and tags."""
     return list(_index(include_path).all_tasks)
+
+
+def _refuse_cut_prompts(requests: list[Any], lm: KeysiftLM) -> None:
+    """Raise ValueError where lm-eval would cut a prompt to the model's context and score what is left."""
+    for request in requests:
+        context, what = request.args[0], request.args[1] if len(request.args) > 1 else ""
+        new = what.get("max_gen_toks", lm.max_gen_toks) if isinstance(what, dict) else len(lm.tok_encode(what)) - 1
+        tokens = len(lm.tok_encode(context)) + (new or 0)
+        if tokens > lm.max_length and request.request_type != "loglikelihood_rolling":
+            raise ValueError(f"prompt and answer take {tokens:,} tokens, and the model's context is {lm.max_length:,}")
 
 
 @contextmanager

@@ -412,6 +412,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"keysift: {' '.join(str(error).split())}\n")
         return 2
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        sys.stderr.write(f"keysift: --model_args: {error}\n")
+        return 2
     finally:
         sys.argv = before
     return 0

@@ -124,6 +124,7 @@ def _heatmap(made: list[Cell]) -> Any:
         list(dict.fromkeys(c.run for c in cells.values())),
         list(dict.fromkeys(c.task for c in cells.values())),
     )
+    tasks.sort(key=lambda task: task == AVERAGE)  # last, the others as they come
     lengths = list(dict.fromkeys(c.length for c in cells.values()))
     if not cells:
         return None
@@ -143,7 +144,7 @@ def _heatmap(made: list[Cell]) -> Any:
                 if value == value:  # not NaN
                     shade = "black" if value > 55 else "white"
                     axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=shade)
-        axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n and n >= 1024 else str(n or "") for n in lengths])
+        axis.set_xticks(range(len(lengths)), [f"{n:,}" if n else "any" for n in lengths])
         axis.set_yticks(range(len(tasks)), tasks)
         axis.tick_params(labelsize=7)
         axis.set_title(_wrapped(runs[i]), fontsize=7)
@@ -172,7 +173,7 @@ def _speed(made: list[Cell]) -> Any:
             points = [(c.length, c.speed[field]) for c in cells if c.run == run and c.speed[field]]
             axis.plot([p[0] for p in points], [p[1] for p in points], label=run, linewidth=1.2, **style[run])
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_ylim(bottom=0)
         ticks = sorted({c.length for c in cells if c.length})
         axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axis.minorticks_off()

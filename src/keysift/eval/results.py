@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 Record = dict[str, Any]
 SETTINGS = "settings.json"
-GROWS = ("tasks", "lengths", "runs", "samples")  # what --extend may change
+GROWS = ("tasks", "lengths", "runs", "samples", "data")  # what --extend may add to
 
 
 class Key(NamedTuple):
@@ -48,16 +49,17 @@ class Folder:
     def _agree(self, settings: dict[str, Any], extend: bool) -> dict[str, Any]:
         """Settle the folder's settings: begin, continue, or grow."""
         file = self.path / SETTINGS
-        if not file.exists() and any(self.path.glob("*.jsonl")):
+        lines = any(self.path.glob("*.jsonl"))  # asked first: another shard may be beginning the folder
+        if lines and not file.exists():
             raise ValueError(f"{self.path} holds .jsonl files but no {SETTINGS}: choose another --out folder")
         if file.exists():
             before = read_settings(self.path)
             if extend:
                 settings = {**settings, **{k: _union(before.get(k), settings[k]) for k in GROWS}}
             if found := differences(before, settings):
-                changed = [d for d in found if not (extend and d.partition(":")[0] in GROWS)]
+                changed = [d for d in found if not (extend and _grows(d, before))]
                 if changed:
-                    may_grow = all(d.partition(":")[0] in GROWS for d in found)
+                    may_grow = not extend and all(_grows(d, before) for d in found)
                     remedy = ", or add --extend to keep what is there and add to it" if may_grow else ""
                     raise ValueError(
                         f"{self.path} was begun with other settings: {'; '.join(changed)}: choose another --out{remedy}"
@@ -75,7 +77,7 @@ class Folder:
                 continue
             out = self._file(key.run)
             try:
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                out.write(json.dumps(record) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
             except OSError as error:
@@ -94,18 +96,18 @@ class Folder:
         return self._open[name]
 
     def forget_failed(self) -> int:
-        """Drop the samples that failed, so that they are done again; how many."""
+        """Drop the samples that failed, so that they are done again; how many. A shard drops its own only."""
         failed = 0
-        for file in sorted(self.path.glob("*.jsonl")):
-            kept, dropped = [], 0
-            for line in file.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                dropped += bool(record["error"])
-                if not record["error"]:
-                    kept.append(line + "\n")
-            if dropped:
-                replace_file(file, "".join(kept))
-            failed += dropped
+        for file in sorted(self.path.glob(f"*.{self._shard}.jsonl" if self._shard else "*.jsonl")):
+            with file.open("a+", encoding="utf-8") as held:
+                _lock(held, file)  # nobody else may be writing what is replaced
+                held.seek(0)
+                lines = held.read().rpartition("\n")[0].split("\n")  # less a line that a kill cut off
+                kept = [line for line in lines if line and not json.loads(line)["error"]]
+                dropped = sum(map(bool, lines)) - len(kept)
+                if dropped:
+                    replace_file(file, "".join(f"{line}\n" for line in kept))
+                failed += dropped
         self.done = {key_of(record) for record in self.records()}
         return failed
 
@@ -119,7 +121,8 @@ class Folder:
 
     def close(self) -> None:
         for out in self._open.values():
-            out.close()
+            with contextlib.suppress(OSError):  # a full disk was told of when the line was written
+                out.close()
         self._open.clear()
 
 
@@ -132,11 +135,16 @@ def file_name(run: str, shard: str = "") -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     file = path / SETTINGS
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(held, dict) or not {*GROWS, "model"} <= {*held}:
+            raise ValueError("it names no tasks, runs and so on")
+        return held
     except OSError as error:
         raise ValueError(f"{path} holds no results: cannot read {file}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; restore it, or choose another --out folder") from error
+        raise ValueError(
+            f"{file} is not what keysift writes: {error}; restore it, or choose another --out folder"
+        ) from error
 
 
 def read_records(path: Path) -> list[Record]:
@@ -147,7 +155,7 @@ def read_records(path: Path) -> list[Record]:
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
             try:
                 record = json.loads(line)
-                found.setdefault(key_of(record), record)
+                found.setdefault(key_of(record), record)["error"]  # every line has it
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{file} line {number} is damaged ({error}): delete that line, and its sample is done again"
@@ -176,9 +184,17 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _grows(difference: str, before: dict[str, Any]) -> bool:
+    """Whether a difference only adds: to what may grow, and to ``data`` what was not there."""
+    name, _, key = difference.partition(":")[0].partition(".")
+    return name in GROWS and (name != "data" or key not in before["data"])
+
+
 def _union(before: Any, after: Any) -> Any:
     if isinstance(before, list):
         return before + [x for x in after if x not in before]
+    if isinstance(before, dict):
+        return {**before, **after}
     return max(before or 0, after)
 
 
@@ -205,5 +221,5 @@ def _lock(out: TextIO, path: Path) -> None:
         return
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise ValueError(f"another process is writing {path}: wait for it, or choose another --out folder") from error

@@ -147,7 +147,12 @@ def rendered(tokenizer: Any, text: Text, chat: bool) -> str:
     message = text.context + text.question
     if chat:
         turn = [{"role": "user", "content": message}]
-        message = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            message = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs of the checkpoint's
+            raise ValueError(f"--chat: the model's chat template fails: {error}") from error
+        if text.question not in message:
+            raise ValueError("--chat: the model's chat template changes the question: leave --chat out")
     return message + text.prefix
 
 

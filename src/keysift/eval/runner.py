@@ -6,6 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,13 +69,16 @@ class Step(NamedTuple):
         return len(self.missing) * (self.length or ASSUMED_TOKENS)
 
 
-def settings(plan: Plan, model: Any, name: str, data: Data) -> dict[str, Any]:
+def settings(plan: Plan, model: Any, tokenizer: Any, name: str, data: Data, harness: dict[str, Any]) -> dict[str, Any]:
     """All that decides results, as plain data: what a folder is begun with and compared to."""
     device = next(model.parameters()).device
     needed = {ruler.TASKS[t].needs for t in plan.tasks if t in ruler.TASKS} - {None}
     return {
         "model": name,
         "weights": fingerprint(model),
+        "config": _digest(model.config.to_json_string(use_diff=False).encode()),
+        "generation_config": _digest(model.generation_config.to_json_string(use_diff=False).encode()),
+        "tokenizer": _digest(_spelled(tokenizer).encode()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {
@@ -92,17 +96,38 @@ def settings(plan: Plan, model: Any, name: str, data: Data) -> dict[str, Any]:
         "chat": plan.chat,
         "batch": plan.batch,
         "measure_error": plan.measure_error,
-        "data": {kind: _digest(data.file(kind).read_bytes()) for kind in FILES if kind in needed},
+        "data": {kind: _digest(data.file(kind).read_bytes()) for kind in FILES if kind in needed}
+        | {f"{HARNESS}{task}": _digest(made.spelled().encode()) for task, made in harness.items()},
     }
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of the weights: names, shapes and some values of every parameter."""
+    """A digest of the weights: names, shapes, some values and the exact sum of the bits of every parameter."""
     digest = hashlib.sha256()
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, weight in model.named_parameters():
-        values = weight.detach().flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {values.tolist()}".encode())
+        bits = weight.detach().contiguous().view(whole[weight.element_size()]).flatten()
+        some = bits[:: max(1, bits.numel() // 16)][:16].tolist()
+        digest.update(f"{name} {tuple(weight.shape)} {some} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()[:16]
+
+
+def _spelled(tokenizer: Any) -> str:
+    """Everything that decides a tokenizer's ids, as text."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    return f"{rules} {tokenizer.special_tokens_map} {tokenizer.chat_template}"
+
+
+def check_served(model: Any, runs: tuple[Run, ...]) -> None:
+    """Raise ValueError for a model that keysift refuses, and for methods that serve none of its layers."""
+    sparse = [run.name for run in runs if run.name != "dense"]
+    with keysift.attach(model) as link, torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), logits_to_keep=1)
+        if sparse and link.stats.prefill_density is None:
+            raise ValueError(
+                f"--run '{sparse[0]}': every layer of this model has a sliding window of its own, which stays dense, so"
+                " no method has anything to choose"
+            )
 
 
 def _digest(data: bytes) -> str:
@@ -146,15 +171,16 @@ def evaluate(
         harness: lm-eval's tasks of the plan by name, as ``harness.load`` gives them.
         on_step: called after every batch of a run.
     """
-    made: tuple[Any, list[ruler.Sample]] = (None, [])
+    made: tuple[Any, list[ruler.Sample], dict[int, str]] = (None, [], {})
     for step in list(steps(plan, folder.done, harness)):
         if step.task.startswith(HARNESS):
             records = _harness_records(plan, step, model, tokenizer, harness[step.task.removeprefix(HARNESS)])
         else:
             key = (step.task, step.length, step.indices[0])
             if made[0] != key:  # the runs of a batch share its samples
-                made = key, [make_sample(plan, step.task, step.length or 0, i, tokenizer, data) for i in step.indices]
-            records = _ruler_records(plan, step, model, tokenizer, made[1])
+                made = key, *_make_batch(plan, step, tokenizer, data)
+            records = _ruler_records(plan, step, model, tokenizer, made[1]) if made[1] else []
+            records += [_record(step, i, (), error=reason) for i, reason in made[2].items()]
         missing = set(step.missing)
         folder.append(record for record in records if record["index"] in missing)
         on_step(step, records)
@@ -164,8 +190,19 @@ def make_sample(plan: Plan, task: str, length: int, index: int, tokenizer: Any, 
     return ruler.make_sample(task, length, index, tokenizer, data, seed=plan.seed, chat=plan.chat)
 
 
+def _make_batch(plan: Plan, step: Step, tokenizer: Any, data: Data) -> tuple[list[ruler.Sample], dict[int, str]]:
+    """A batch's samples, and why some cannot be made (near a task's shortest length not all of them fit)."""
+    samples, reasons = [], {}
+    for i in step.indices:
+        try:
+            samples.append(make_sample(plan, step.task, step.length or 0, i, tokenizer, data))
+        except ValueError as error:
+            reasons[i] = _reason(error)
+    return samples, reasons
+
+
 def _ruler_records(plan: Plan, step: Step, model: Any, tokenizer: Any, samples: list[ruler.Sample]) -> list[Record]:
-    """Answers to a batch; one that fails (it may not fit) is tried again sample by sample, alone."""
+    """Answers to a batch; one that fails (it may not fit) is tried again in halves."""
     groups = [samples] if plan.question == "sparse" else [[sample] for sample in samples]
     records = []
     for group in groups:
@@ -174,8 +211,9 @@ def _ruler_records(plan: Plan, step: Step, model: Any, tokenizer: Any, samples: 
         except Exception as error:  # whatever a model or a driver raises must not cost the rest of the run
             if len(group) > 1:
                 _free(model)
-                records += _ruler_records(plan, step, model, tokenizer, group[:1])
-                records += _ruler_records(plan, step, model, tokenizer, group[1:])
+                half = len(group) // 2
+                records += _ruler_records(plan, step, model, tokenizer, group[:half])
+                records += _ruler_records(plan, step, model, tokenizer, group[half:])
             else:
                 records.append(_record(step, group[0].index, group[0].outputs, error=_reason(error)))
                 _free(model)
@@ -185,18 +223,17 @@ def _ruler_records(plan: Plan, step: Step, model: Any, tokenizer: Any, samples: 
 def _answer(plan: Plan, run: Run, model: Any, tokenizer: Any, samples: list[ruler.Sample]) -> list[Record]:
     """Greedy answers to samples of one task, padded on the left, with what was read and how long it took."""
     width = max(len(s.ids) for s in samples)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= model.get_input_embeddings().num_embeddings:
+        pad = 0  # masked, whatever it is
     ids = torch.tensor([[pad] * (width - len(s.ids)) + s.ids for s in samples], device=model.device)
     mask = torch.tensor([[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples], device=model.device)
     clock = Clock(model.device)
-    with keysift.attach(model, run.prefill, run.decode, seed=plan.seed) as link:
+    with _greedy(model, pad), keysift.attach(model, run.prefill, run.decode, seed=plan.seed) as link:
         link.reset_stats(plan.measure_error)
         asked = samples[0].question_tokens
         options = {
             "max_new_tokens": samples[0].new_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "pad_token_id": pad,
             "stopping_criteria": transformers.StoppingCriteriaList([clock]),
         }
         out = generate(model, link, ids, mask, plan.question, asked, **options)
@@ -215,6 +252,19 @@ def _answer(plan: Plan, run: Run, model: Any, tokenizer: Any, samples: list[rule
             | {field: _rounded(value) for field, value in measured.items()}
         )
     return records
+
+
+@contextmanager
+def _greedy(model: Any, pad: int) -> Iterator[None]:
+    """Plain greedy decoding within it: of the checkpoint's generation config (penalties, sampling, prompt lookup, no
+    cache, ...) only the end tokens stay, so that runs differ by their methods alone."""
+    before = model.generation_config
+    kept = {"eos_token_id": before.eos_token_id, "bos_token_id": before.bos_token_id, "pad_token_id": pad}
+    model.generation_config = transformers.GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _harness_records(plan: Plan, step: Step, model: Any, tokenizer: Any, task: Any) -> list[Record]:
