@@ -12,7 +12,7 @@ from torch import Tensor
 from keysift.ops.dense import keys_values
 from keysift.types import KV, BlockMask, Partial
 
-GATHERED_ELEMENTS = 1 << 27  # keys are gathered for so many elements at a time
+GATHERED_ELEMENTS = 1 << 26  # so many elements of keys, and as many of values, are gathered at a time
 
 
 def block_sparse_attention(
@@ -74,6 +74,8 @@ def _by_query_block(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Te
     order = torch.argsort(active.byte(), dim=-1, descending=True, stable=True)
     count = active.sum(-1)
     longest = count.amax((0, 1)).tolist()
+    if batch * heads * max(longest) * block * k.shape[-1] > GATHERED_ELEMENTS:
+        return _by_tile(q_BTHD, kv, mask, scale)
     b = torch.arange(batch, device=q_BTHD.device)[:, None, None]
     kv_head = (torch.arange(heads, device=q_BTHD.device) // (heads // k.shape[1]))[:, None]
     triangle = torch.ones(block, block, dtype=torch.bool, device=q_BTHD.device).tril()
@@ -83,8 +85,6 @@ def _by_query_block(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Te
         lo, hi = max(first, rows.start), min(first + block, rows.stop)
         if lo >= hi or not most:
             continue
-        if batch * heads * most * block * k.shape[-1] > GATHERED_ELEMENTS:
-            return _by_tile(q_BTHD, kv, mask, scale)
         chosen = order[:, :, i, :most]
         used = torch.arange(most, device=q_BTHD.device) < count[:, :, i, None]
         on_diagonal = (chosen == mask.first + i)[..., None, :, None]
