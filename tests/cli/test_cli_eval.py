@@ -26,6 +26,8 @@ from keysift.eval.runs import parse_run, preset
 
 from ..tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["eval", "--tasks", "niah_single_1,vt", "--lengths", "1k", "--samples", "3"]
 SPARSE = "prefill=flexprefill:block=32,min_budget=64;decode=magicpig:K=8,L=75"
 
@@ -178,7 +180,6 @@ def test_methods_on_a_model_that_they_cannot_serve_are_refused(tmp_path, capsys,
     assert code == 2 and "every layer of this model has a sliding window" in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_run_killed_many_times_ends_as_an_uninterrupted_one(finished, tmp_path):
     folder, _, _ = finished
     out = tmp_path / "out"
@@ -244,7 +245,6 @@ def test_a_sample_that_fails_is_marked_and_the_rest_goes_on(tmp_path, monkeypatc
     assert len(read_records(tmp_path)) == 6
 
 
-@pytest.mark.slow
 def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys):
     folder, _, _ = finished
     for i in range(2):
@@ -253,7 +253,6 @@ def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys
     assert sum(len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")) == 12
 
 
-@pytest.mark.slow
 def test_lm_evals_tasks_are_samples_like_any_other(tmp_path, capsys):
     pytest.importorskip("lm_eval")
     args = ["eval", "--tasks", "lm:ruler_vt", "--lengths", "1k", "--samples", "2", "--out", tmp_path, "--json"]
@@ -268,7 +267,6 @@ def test_lm_evals_tasks_are_samples_like_any_other(tmp_path, capsys):
     assert code == 0 and read_records(tmp_path) == records and again == out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dense", "decode"])
 def test_how_the_question_is_read_is_recorded_and_matters(how, tmp_path, finished, capsys):
     window = "prefill=streaming:sinks=16,window=64,block=16;decode=streaming:sinks=16,window=64"
@@ -284,7 +282,6 @@ def test_how_the_question_is_read_is_recorded_and_matters(how, tmp_path, finishe
     assert all(0.1 < density < 0.4 for density in read)
 
 
-@pytest.mark.slow
 def test_batches_answer_as_single_samples_do(tmp_path, finished, capsys):
     code, _, _ = run([*QUICK, "--run", "dense", "--run", SPARSE, "--batch", "3", "--out", tmp_path], capsys)
     same = sum(a == b for a, b in zip(scores(tmp_path), scores(finished[0]), strict=True))

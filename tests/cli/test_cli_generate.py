@@ -166,6 +166,7 @@ def process(folder: Path, *args: str) -> Iterator[subprocess.Popen[bytes]]:
             child.kill()
 
 
+@pytest.mark.slow
 def test_text_streams_and_ctrl_c_keeps_what_was_printed(folders: dict[str, Path]) -> None:
     with process(folders["model"], "--max-new-tokens", "4000") as child:
         assert child.stdout is not None
@@ -182,6 +183,7 @@ def test_text_streams_and_ctrl_c_keeps_what_was_printed(folders: dict[str, Path]
     assert byte_tokenizer().decode(greedy_tokens(folders["model"], "x", 200)).startswith(shown)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_the_process_without_a_word(folders: dict[str, Path]) -> None:
     with process(folders["model"], "--max-new-tokens", "4000") as child:
         assert child.stdout is not None
