@@ -101,18 +101,21 @@ def check_causal(name: str, config: Any) -> None:
         raise ValueError(f"model={name} is not a causal language model: its config says {what}")
 
 
+def chat_text(tokenizer: Any, prompt: str) -> str:
+    """A prompt within the model's chat template, up to where the answer begins, special tokens included."""
+    if not tokenizer.chat_template:
+        raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out")
+    turn = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of the checkpoint's
+        raise ValueError(f"--chat: the model's chat template fails: {error}") from error
+
+
 def encode(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, each ``[1, prompt tokens]``, for a model that knows ``vocabulary`` ids."""
-    if chat:
-        if not tokenizer.chat_template:
-            raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out")
-        message, form = {"role": "user", "content": prompt}, {"return_dict": True, "return_tensors": "pt"}
-        try:
-            encoded = tokenizer.apply_chat_template([message], add_generation_prompt=True, **form)
-        except Exception as error:  # templates are programs of the checkpoint's
-            raise ValueError(f"--chat: the model's chat template fails: {error}") from error
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+    text = chat_text(tokenizer, prompt) if chat else prompt
+    encoded = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")
     token_ids = encoded["input_ids"]
     if token_ids.numel() == 0:
         raise ValueError("the prompt has no tokens")

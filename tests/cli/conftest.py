@@ -37,6 +37,14 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+def assert_refused(result: Result, *words: str) -> None:
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("keysift: ")
+    for word in words:
+        assert word in result.err
+
+
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a byte, and an end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -9,17 +9,9 @@ import pytest
 
 from keysift.checkpoint import context_tokens
 
-from .conftest import CONTEXT, Result, qwen, with_template
+from .conftest import CONTEXT, Result, assert_refused, qwen, with_template
 
 Cli = Callable[..., Result]
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    assert (result.code, result.out) == (2, "")
-    assert result.err.count("\n") == 1
-    assert result.err.startswith("keysift: ")
-    for word in words:
-        assert word in result.err
 
 
 @pytest.mark.parametrize(

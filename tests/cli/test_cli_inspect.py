@@ -13,21 +13,13 @@ import transformers
 
 from keysift.cli import inspect as module
 
-from .conftest import CONTEXT, Result, qwen, save
+from .conftest import CONTEXT, Result, assert_refused, qwen, save
 
 Cli = Callable[..., Result]
 PROMPT = "the quick brown fox jumps over the lazy dog. " * 20
 SPARSE = ["--prefill", "streaming:sinks=16,window=128,block=16", "--decode", "topk:budget=80", "--steps", 3]
 HEAD = {"layer", "head", "density_for_95", "density", "mass_covered", "mass_covered_worst"}
 STEP = {"rows_read", "rows_cached", "decode_mass_covered", "decode_output_error"}
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    assert (result.code, result.out) == (2, "")
-    assert result.err.count("\n") == 1
-    assert result.err.startswith("keysift: ")
-    for word in words:
-        assert word in result.err
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 from pathlib import Path
@@ -17,12 +16,12 @@ from typer import Option as option
 from keysift import pocket
 from keysift.checkpoint import context_tokens, load, pick_device, pick_dtype
 from keysift.cli import options
+from keysift.cli.generate import INTERRUPTED
 from keysift.eval import data as files
 from keysift.eval import plots, report, results, ruler, runner, runs
 from keysift.eval.generate import QUESTIONS
 from keysift.types import check_seed, one_of
 
-INTERRUPTED = 130
 DEFAULT_LENGTHS, DEFAULT_SAMPLES = (4096,), 20
 
 
@@ -91,8 +90,6 @@ def command(
     where = pick_device(device)
     with console.status("Loading the model"):
         lm, tokenizer = load(str(pocket.path()) if model is None else model, where, pick_dtype(dtype, where))
-    if chat and not tokenizer.chat_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out")
     limit = context_tokens(lm.config)
     if preset is not None:
         config = lm.config.get_text_config()
@@ -245,7 +242,6 @@ def load_harness(plan: runner.Plan, lm: Any, include_path: Path | None) -> dict[
 def fetch_data(names: list[str], include_path: Path | None) -> None:
     """Download what tasks need; say what there is."""
     kinds = list(dict.fromkeys(t.needs for n in names if (t := ruler.TASKS.get(n)) and t.needs))
-    logging.disable(logging.WARNING)  # the hub's library tells of every retry
     for path in files.fetch(kinds):
         print(path)
     if theirs := [n.removeprefix(runner.HARNESS) for n in names if n.startswith(runner.HARNESS)]:
@@ -295,7 +291,7 @@ def work(
         seen: dict[tuple[str, int | None], int] = {}
         total = {key: sum((s.task, s.length) == key for s in left) for key in {(s.task, s.length) for s in left}}
 
-        def on_step(step: runner.Step, records: list[results.Record]) -> None:
+        def on_step(step: runner.Step) -> None:
             key = (step.task, step.length)
             seen[key] = seen.get(key, 0) + 1
             progress.update(bar, advance=step.cost, description=f"{step.task} {step.length or ''}")
@@ -305,7 +301,7 @@ def work(
                 console.print(f"{step.task} {step.length or ''} done: {progress.tasks[0].percentage:.0f}%{text}")
 
         try:
-            runner.evaluate(plan, lm, tokenizer, material, folder, harness, on_step)
+            runner.evaluate(plan, left, lm, tokenizer, material, folder, harness, on_step)
         except KeyboardInterrupt:
             return True
     return False

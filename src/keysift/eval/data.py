@@ -6,6 +6,7 @@ They come from files of the user's, or from the cache that ``fetch`` fills; noth
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -99,6 +100,7 @@ def fetch(kinds: list[str]) -> list[Path]:
     Raises:
         ValueError: no network, or the source has changed; says which file to get by hand instead.
     """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     folder, paths = cache_folder(), []
     for kind in kinds:
         path = folder / FILES[kind]
@@ -134,6 +136,7 @@ def _fetch_essays(path: Path) -> None:
         import datasets  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise ValueError("needs the library `datasets`: pip install 'keysift[eval]'") from error
+    datasets.logging.set_verbosity_error()
     path.write_text("\n".join(datasets.load_dataset(ESSAYS, split="train")["text"]), encoding="utf-8")
 
 

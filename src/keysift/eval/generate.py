@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,28 @@ from keysift.methods import parse
 from keysift.types import one_of
 
 QUESTIONS = ("sparse", "dense", "decode")
+
+
+class Batch(NamedTuple):
+    """Prompts padded on the left: token ids and attention mask, ``[B, T]``."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: Any, pad: int = 0) -> Batch:
+        width = max(map(len, rows))
+        padded = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+        length = torch.tensor([len(row) for row in rows], device=device)
+        return cls(padded, (torch.arange(width, device=device) >= width - length[:, None]).long())
+
+    @property
+    def positions(self) -> Tensor:
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    def then(self, ids: Tensor) -> Batch:
+        """With further tokens ``[B, N]``, none of them padding."""
+        return Batch(torch.cat([self.ids, ids], 1), torch.cat([self.mask, torch.ones_like(ids)], 1))
 
 
 def check_question(question: str, question_tokens: int | None) -> None:
@@ -83,7 +105,7 @@ def read_prompt(
     context = end if question == "sparse" else max(0, min(end, input_ids.shape[1] - (question_tokens or 0)))
     step = 1 if question == "decode" else max(1, end - context)
     parts = [("sparse", 0, context), *((question, i, i + step) for i in range(context, end, step))]
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    positions = Batch(input_ids, attention_mask).positions
     logits = None
     for how, start, stop in parts:
         if start < stop:

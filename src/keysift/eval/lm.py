@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from keysift import pocket
 from keysift.eval import squad
-from keysift.eval.generate import check_question, last_token_as, read_prompt, repeat_cache
+from keysift.eval.generate import Batch, check_question, last_token_as, read_prompt, repeat_cache
 from keysift.eval.model_args import glue, glue_pairs, method, prepare, refuse_draft
 from keysift.hf import Attachment, KVCache, RunStats, attach
 from keysift.methods import parse
@@ -47,28 +47,6 @@ class Request(NamedTuple):
     place: int
     context: tuple[int, ...]
     continuation: tuple[int, ...]
-
-
-class Batch(NamedTuple):
-    """Prompts padded on the left: token ids and attention mask, ``[B, T]``."""
-
-    ids: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], device: Any) -> Batch:
-        width = max(map(len, rows))
-        padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-        length = torch.tensor([len(row) for row in rows], device=device)
-        return cls(padded, (torch.arange(width, device=device) >= width - length[:, None]).long())
-
-    @property
-    def positions(self) -> Tensor:
-        return (self.mask.cumsum(1) - 1).clamp(min=0)
-
-    def then(self, ids: Tensor) -> Batch:
-        """With further tokens ``[B, N]``, none of them padding."""
-        return Batch(torch.cat([self.ids, ids], 1), torch.cat([self.mask, torch.ones_like(ids)], 1))
 
 
 class KeysiftLM(HFLM):

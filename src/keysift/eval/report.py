@@ -116,7 +116,7 @@ def _average(parts: list[Cell], length: int | None) -> Cell:
         return statistics.fmean(values) if values else None
 
     return Cell(
-        parts[0].run if parts else "",
+        parts[0].run,
         AVERAGE,
         length,
         average([c.score for c in parts if c.score]),
@@ -145,11 +145,11 @@ def table(made: list[Cell], settings: dict[str, Any]) -> Table:
     titles = ["score %", "samples", "less dense", "density", "kept", "MB/step", *measured, "first token", "tokens/s"]
     for name in titles:
         shown.add_column(name.replace("_", " "), justify="right")
-    before: tuple[Any, Any] = (None, None)
+    before = None
     for cell in made:
-        if before != (None, None) and before != (cell.length, cell.task):
+        first = before != (cell.length, cell.task)
+        if first and before:
             shown.add_row()
-        first = cell.run == made[0].run or before != (cell.length, cell.task)
         named = [_number(cell.length, "{:,}") if first else "", cell.task if first else ""]
         before = (cell.length, cell.task)
         read, speed = cell.read, cell.speed

@@ -44,7 +44,7 @@ class Folder:
             self.settings = self._agree(json.loads(json.dumps(settings)), extend)
         except OSError as error:
             raise ValueError(f"cannot write to --out {path}: {error.strerror}") from error
-        self.done = {key_of(record) for record in self.records()}
+        self.done = {key_of(record) for record in read_records(self.path)}
 
     def _agree(self, settings: dict[str, Any], extend: bool) -> dict[str, Any]:
         """Settle the folder's settings: begin, continue, or grow."""
@@ -67,9 +67,6 @@ class Folder:
         replace_file(file, json.dumps(settings, indent=1) + "\n")
         return settings
 
-    def records(self) -> list[Record]:
-        return read_records(self.path)
-
     def append(self, records: Iterable[Record]) -> None:
         """Write lines and wait until they are on disk; a sample that is there already is not written again."""
         for record in records:
@@ -89,26 +86,21 @@ class Folder:
     def _file(self, run: str) -> TextIO:
         name = file_name(run, self._shard)
         if name not in self._open:
-            out = (self.path / name).open("a+", encoding="utf-8")
-            _lock(out, self.path / name)
-            _cut_torn_line(out)
-            self._open[name] = out
+            self._open[name] = _locked(self.path / name)
         return self._open[name]
 
     def forget_failed(self) -> int:
         """Drop the samples that failed, so that they are done again; how many. A shard drops its own only."""
         failed = 0
         for file in sorted(self.path.glob(f"*.{self._shard}.jsonl" if self._shard else "*.jsonl")):
-            with file.open("a+", encoding="utf-8") as held:
-                _lock(held, file)  # nobody else may be writing what is replaced
+            with _locked(file) as held:  # nobody else may be writing what is replaced
                 held.seek(0)
-                lines = held.read().rpartition("\n")[0].split("\n")  # less a line that a kill cut off
-                kept = [line for line in lines if line and not json.loads(line)["error"]]
-                dropped = sum(map(bool, lines)) - len(kept)
-                if dropped:
-                    replace_file(file, "".join(f"{line}\n" for line in kept))
-                failed += dropped
-        self.done = {key_of(record) for record in self.records()}
+                lines = list(held)
+                kept = [line for line in lines if not json.loads(line)["error"]]
+                if len(kept) < len(lines):
+                    replace_file(file, "".join(kept))
+                failed += len(lines) - len(kept)
+        self.done = {key_of(record) for record in read_records(self.path)}
         return failed
 
     def claim(self, runs: Iterable[str]) -> None:
@@ -208,10 +200,13 @@ def replace_file(file: Path, text: str) -> None:
     part.replace(file)
 
 
-def _cut_torn_line(out: TextIO) -> None:
-    """Drop a last line that a killed process left without its end."""
+def _locked(path: Path) -> TextIO:
+    """A file to add lines to, closed to other processes, less a last line that a killed one left without its end."""
+    out: TextIO = path.open("a+", encoding="utf-8")
+    _lock(out, path)
     out.buffer.seek(0)
     out.truncate(out.buffer.read().rfind(b"\n") + 1)
+    return out
 
 
 def _lock(out: TextIO, path: Path) -> None:

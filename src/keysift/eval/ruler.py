@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from keysift.checkpoint import chat_text
 from keysift.eval.data import Corpus, Data
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -121,17 +122,17 @@ def _fill(attempt: Callable[[int], tuple[Text, list[int]]], least: int, budget: 
     best, low, high = attempt(least), least, 0
     if len(best[1]) > budget:
         return best
-    units, tokens = least + 32, len(best[1])
+    units = least + 32
     while not high or high - low > 1 and len(best[1]) < 0.99 * budget:
         made = attempt(units)
-        if len(made[1]) == tokens and not high:  # nothing left to add
+        if len(made[1]) == len(best[1]) and not high:  # nothing left to add
             return best
-        slope = max((len(made[1]) - tokens) / (units - low), 1e-3) if units != low else 1.0
+        slope = max((len(made[1]) - len(best[1])) / (units - low), 1e-3)
         if len(made[1]) <= budget:
-            best, low, tokens = made, units, len(made[1])
+            best, low = made, units
         else:
             high = units
-        guess = low + int((budget - tokens) / slope)
+        guess = low + int((budget - len(best[1])) / slope)
         units = min(max(guess, low + 1), high - 1) if high else max(guess + 1, low + 1)
     return best
 
@@ -146,11 +147,7 @@ def rendered(tokenizer: Any, text: Text, chat: bool) -> str:
     """The prompt as a string: as it stands, or within the model's chat template; the answer prefix comes last."""
     message = text.context + text.question
     if chat:
-        turn = [{"role": "user", "content": message}]
-        try:
-            message = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs of the checkpoint's
-            raise ValueError(f"--chat: the model's chat template fails: {error}") from error
+        message = chat_text(tokenizer, message)
         if text.question not in message:
             raise ValueError("--chat: the model's chat template changes the question: leave --chat out")
     return message + text.prefix

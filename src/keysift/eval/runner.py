@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 import keysift
 from keysift.eval import ruler
 from keysift.eval.data import FILES, Data
-from keysift.eval.generate import generate
+from keysift.eval.generate import Batch, generate
 from keysift.eval.results import Folder, Key, Record
 from keysift.eval.runs import Run
 
@@ -153,17 +153,19 @@ def steps(plan: Plan, done: set[Key], harness: dict[str, Any]) -> Iterator[Step]
 
 def evaluate(
     plan: Plan,
+    left: Sequence[Step],
     model: Any,
     tokenizer: Any,
     data: Data,
     folder: Folder,
     harness: dict[str, Any],
-    on_step: Callable[[Step, list[Record]], None] = lambda step, records: None,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Do what is left of a plan. A sample that fails is recorded with its error, and the rest goes on.
 
     Args:
         plan: what to do.
+        left: what ``steps`` says is left of it.
         model: a causal LM, not attached.
         tokenizer: the model's.
         data: files that tasks are made of.
@@ -172,9 +174,12 @@ def evaluate(
         on_step: called after every batch of a run.
     """
     made: tuple[Any, list[ruler.Sample], dict[int, str]] = (None, [], {})
-    for step in list(steps(plan, folder.done, harness)):
+    served: dict[str, Any] = {}
+    for step in left:
         if step.task.startswith(HARNESS):
-            records = _harness_records(plan, step, model, tokenizer, harness[step.task.removeprefix(HARNESS)])
+            if step.run.name not in served:
+                served[step.run.name] = _harness_model(plan, step.run, model, tokenizer)
+            records = _harness_records(plan, step, served[step.run.name], harness[step.task.removeprefix(HARNESS)])
         else:
             key = (step.task, step.length, step.indices[0])
             if made[0] != key:  # the runs of a batch share its samples
@@ -183,7 +188,7 @@ def evaluate(
             records += [_record(step, i, (), error=reason) for i, reason in made[2].items()]
         missing = set(step.missing)
         folder.append(record for record in records if record["index"] in missing)
-        on_step(step, records)
+        on_step(step)
 
 
 def make_sample(plan: Plan, task: str, length: int, index: int, tokenizer: Any, data: Data) -> ruler.Sample:
@@ -222,12 +227,10 @@ def _ruler_records(plan: Plan, step: Step, model: Any, tokenizer: Any, samples: 
 
 def _answer(plan: Plan, run: Run, model: Any, tokenizer: Any, samples: list[ruler.Sample]) -> list[Record]:
     """Greedy answers to samples of one task, padded on the left, with what was read and how long it took."""
-    width = max(len(s.ids) for s in samples)
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.get_input_embeddings().num_embeddings:
         pad = 0  # masked, whatever it is
-    ids = torch.tensor([[pad] * (width - len(s.ids)) + s.ids for s in samples], device=model.device)
-    mask = torch.tensor([[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples], device=model.device)
+    prompt = Batch.of([s.ids for s in samples], model.device, pad)
     clock = Clock(model.device)
     with _greedy(model, pad), keysift.attach(model, run.prefill, run.decode, seed=plan.seed) as link:
         link.reset_stats(plan.measure_error)
@@ -236,11 +239,11 @@ def _answer(plan: Plan, run: Run, model: Any, tokenizer: Any, samples: list[rule
             "max_new_tokens": samples[0].new_tokens,
             "stopping_criteria": transformers.StoppingCriteriaList([clock]),
         }
-        out = generate(model, link, ids, mask, plan.question, asked, **options)
+        out = generate(model, link, prompt.ids, prompt.mask, plan.question, asked, **options)
         measured = link.stats._asdict()
     ends = _ends(model)
     records = []
-    for sample, row in zip(samples, out[:, width:].tolist(), strict=True):
+    for sample, row in zip(samples, out[:, prompt.ids.shape[1] :].tolist(), strict=True):
         new = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         pred = tokenizer.decode(row[:new], skip_special_tokens=True)
         score = ruler.grade(sample.task, pred, sample.outputs)
@@ -267,14 +270,18 @@ def _greedy(model: Any, pad: int) -> Iterator[None]:
         model.generation_config = before
 
 
-def _harness_records(plan: Plan, step: Step, model: Any, tokenizer: Any, task: Any) -> list[Record]:
-    """lm-eval's documents, one by one."""
+def _harness_model(plan: Plan, run: Run, model: Any, tokenizer: Any) -> Any:
+    """The model under one run, as lm-eval's tasks ask it."""
     from keysift.eval.harness import quiet
     from keysift.eval.lm import KeysiftLM
 
     with quiet():
-        methods = {"prefill": step.run.prefill, "decode": step.run.decode}
-        lm = KeysiftLM(model, tokenizer=tokenizer, **methods, seed=plan.seed, batch_size=plan.batch)
+        methods = {"prefill": run.prefill, "decode": run.decode}
+        return KeysiftLM(model, tokenizer=tokenizer, **methods, seed=plan.seed, batch_size=plan.batch)
+
+
+def _harness_records(plan: Plan, step: Step, lm: Any, task: Any) -> list[Record]:
+    """lm-eval's documents, one by one."""
     records = []
     for index in step.missing:
         try:
@@ -285,7 +292,7 @@ def _harness_records(plan: Plan, step: Step, model: Any, tokenizer: Any, task: A
             records.append(record | {"metrics": answer.metrics} | measured)
         except Exception as error:  # as above
             records.append(_record(step, index, (), error=_reason(error)))
-            _free(model)
+            _free(lm.model)
     return records
 
 
