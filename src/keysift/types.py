@@ -18,22 +18,39 @@ class KV(NamedTuple):
     """A view of cached keys and values: rows ``start[b] .. start[b] + length[b] - 1`` of sequence ``b``.
 
     Attributes:
-        k: keys, rotated, ``[B, S, K, D]``; any strides, any float dtype.
-        v: values, ``[B, S, K, Dv]``.
+        k: keys, rotated, ``[B, S, K, D]``; any strides, any float dtype. With a table, ``[pages, page, K, D]``.
+        v: values, ``[B, S, K, Dv]``, or ``[pages, page, K, Dv]``.
         start: first row of the view, int64 ``[B]``.
         length: rows in the view, int64 ``[B]``; may be 0.
+        spans: start and end of every sequence where the host knows them, so that nobody waits for the device to tell.
+        table: page of each ``page`` consecutive rows of a sequence, int32 ``[B, P]``; None where rows lie in one piece.
     """
 
     k: Tensor
     v: Tensor
     start: Tensor
     length: Tensor
+    spans: tuple[tuple[int, int], ...] | None = None
+    table: Tensor | None = None
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> KV:
         """All rows of ``k`` and ``v``."""
-        batch, rows = k.shape[:2]
-        return cls(k, v, k.new_zeros(batch, dtype=torch.int64), torch.full((batch,), rows, device=k.device))
+        return cls.on(k, v, ((0, k.shape[1]),) * k.shape[0])
+
+    @classmethod
+    def on(cls, k: Tensor, v: Tensor, spans: Iterable[tuple[int, int]], table: Tensor | None = None) -> KV:
+        """The rows ``start .. end - 1`` of each sequence, as the host knows them."""
+        known = tuple(spans)
+        start = torch.tensor([s for s, _ in known], dtype=torch.int64)
+        end = torch.tensor([e for _, e in known], dtype=torch.int64)
+        return cls(k, v, _to(start, k.device), _to(end - start, k.device), known, table)
+
+    def known_spans(self) -> tuple[tuple[int, int], ...]:
+        """Start and end of every sequence; waits for the device where the host does not know them."""
+        if self.spans is not None:
+            return self.spans
+        return tuple(zip(self.start.tolist(), self.end.tolist(), strict=True))
 
     @property
     def end(self) -> Tensor:
@@ -43,7 +60,8 @@ class KV(NamedTuple):
     def between(self, start: Tensor, end: Tensor) -> KV:
         """The rows of this view that lie in ``start .. end - 1`` (buffer rows, int64 ``[B]``)."""
         start = torch.maximum(self.start, start)
-        return self._replace(start=start, length=(torch.minimum(self.end, end) - start).clamp(min=0))
+        length = (torch.minimum(self.end, end) - start).clamp(min=0)
+        return self._replace(start=start, length=length, spans=None)
 
     def contains(self) -> Tensor:
         """Which buffer rows belong to the view, bool ``[B, S]``."""
@@ -52,8 +70,10 @@ class KV(NamedTuple):
 
     def only(self, b: int) -> KV:
         """Sequence ``b`` alone, cut to its view: what a batch of one would hold."""
-        rows = slice(int(self.start[b]), int(self.end[b]))
-        return KV.of(self.k[b : b + 1, rows], self.v[b : b + 1, rows])
+        start, end = self.known_spans()[b]
+        if self.table is not None:
+            return KV.on(self.k, self.v, [(start, end)], self.table[b : b + 1])
+        return KV.of(self.k[b : b + 1, start:end], self.v[b : b + 1, start:end])
 
 
 class Ctx(NamedTuple):
@@ -113,6 +133,11 @@ class BlockMask(NamedTuple):
     def rows(self) -> range:
         """Positions of the query tokens that the mask speaks of (the last block may reach past the last token)."""
         return range(self.first * self.block, (self.first + self.full_count.shape[2]) * self.block)
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:

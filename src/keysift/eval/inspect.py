@@ -252,7 +252,7 @@ class AllRows(DecodeProbe):
 def look_at_step(heads: list[Head], q_BHD: Tensor, middle: KV, selection: Selection | None, ctx: Ctx) -> None:
     """Add to each head what it reads of the cache, which is that of one sequence without padding."""
     position = int(ctx.positions[0])
-    cached = middle._replace(start=torch.zeros_like(middle.start), length=ctx.positions + 1)
+    cached = middle._replace(start=torch.zeros_like(middle.start), length=ctx.positions + 1, spans=None)
     always = cached.contains() & ~middle.contains()
     out = None if selection is None else attention_output(q_BHD, cached, always, selection, ctx.scale)
     for head in heads:

@@ -52,6 +52,7 @@ class RunStats(NamedTuple):
         kept_fraction: share of the cached keys read in decode; None before a step.
         bytes_per_step: bytes of keys, values and side data read in decode for one token of one sequence.
         prefill_error, decode_error: relative error of the attention output (see ``Stats``); None unless measured.
+        mass_covered: attention mass on the blocks that prefill read, over a few query rows; None unless measured.
     """
 
     prefill_density: float | None
@@ -59,6 +60,7 @@ class RunStats(NamedTuple):
     bytes_per_step: float | None
     prefill_error: float | None
     decode_error: float | None
+    mass_covered: float | None = None
 
 
 @dataclass(eq=False)
@@ -86,11 +88,17 @@ class Attachment:
             measured.bytes_per_step,
             measured.prefill_error,
             measured.decode_error,
+            measured.mass_covered,
         )
 
-    def reset_stats(self, measure_error: bool = False) -> None:
-        """Start counting anew; ``measure_error`` also computes dense attention beside the methods' (slow)."""
-        self.meter = Meter(measure_error=measure_error)
+    def reset_stats(self, measure_error: bool = False, measure_mass: bool = False) -> None:
+        """Start counting anew.
+
+        Args:
+            measure_error: also compute dense attention beside the methods' (slow).
+            measure_mass: also attend densely with a few query rows of each prefill, to see what its blocks cover.
+        """
+        self.meter = Meter(measure_mass, measure_error)
 
     @contextmanager
     def reading(self, how: str) -> Iterator[None]:
@@ -278,10 +286,11 @@ def _prefill(q: Tensor, kv: KV, method: Any, ctx: Ctx, meter: Meter, mask: Mask)
 
 def _view(key: Tensor, value: Tensor, mask: Mask, store: Store | None) -> KV:
     """The valid keys and values; the store is told where its sequences start."""
-    kv = KV.of(key.transpose(1, 2), value.transpose(1, 2))
+    k, v = key.transpose(1, 2), value.transpose(1, 2)
     if mask.start is not None and mask.end is not None:
-        start, end = (torch.tensor(x, device=key.device) for x in (mask.start, mask.end))
-        kv = kv._replace(start=start, length=end - start)
+        kv = KV.on(k, v, zip(mask.start, mask.end, strict=True))
+    else:
+        kv = KV.of(k, v)
     if store is not None:
         store.start = kv.start
     return kv

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keysift.ops.dense import keys_values
-from keysift.types import KV, BlockMask, Partial
+from keysift.ops import fa4
+from keysift.ops.dense import keys_values, triton_kernels, uniform_span
+from keysift.types import KV, BlockMask, Partial, one_of
 
 GATHERED_ELEMENTS = 1 << 26  # so many elements of keys, and as many of values, are gathered at a time
 
+Backend = Literal["auto", "fa4", "triton", "sdpa"]
+
 
 def block_sparse_attention(
-    q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float, with_lse: bool = False
+    q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float, with_lse: bool = False, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of the last T positions over the key blocks of ``mask``.
 
@@ -25,19 +28,133 @@ def block_sparse_attention(
 
     Args:
         q_BTHD: queries; all sequences of the batch have one length.
-        kv: keys and values, N of them.
+        kv: keys and values, N of them; where they lie in pages, "triton" reads them there and "sdpa" gathers them.
         mask: key blocks per query head and query block.
         scale: factor on q.k.
         with_lse: also return the log-sum-exp.
+        backend: "fa4" for FlashAttention-4, "triton" for the kernel of ``block_sparse_triton``, "sdpa" for torch's SDPA
+            on gathered keys (fp32 arithmetic where the log-sum-exp is asked for), "auto" for the first of them that
+            takes the case on a GPU, and "sdpa" on a CPU.
 
     Returns:
-        Output in q's dtype, ``[B, rows, H, Dv]``, zero for a query without blocks; lse, fp32 ``[B, rows, H]``, or None.
+        Output in q's dtype, ``[B, rows, H, Dv]``, zero for a query without blocks; lse, fp32 natural log,
+        ``[B, rows, H]``, -inf for a query without blocks, or None.
+
+    Raises:
+        ValueError: the backend was asked for by name and does not take the case.
     """
+    choice = _choose(backend, q_BTHD, kv, mask.block, scale)
+    if choice == "fa4":
+        return fa4.block_sparse(q_BTHD, *keys_values(kv), mask, scale, with_lse)
+    if choice == "triton":
+        return triton_kernels().block_sparse(q_BTHD, kv, mask, scale, with_lse)
     if with_lse:
         part = block_sparse_attention_reference(q_BTHD, kv, mask, scale)
         return part.out.to(q_BTHD.dtype), part.lse
     by_sdpa = _by_query_block if q_BTHD.is_cuda else _by_tile  # few large launches, or no wasted work
     return by_sdpa(q_BTHD, kv, mask, scale), None
+
+
+def block_sparse_attention_varlen(
+    q_THD: Tensor,
+    cu_seqlens_q: Sequence[int],
+    kv: KV,
+    masks: Sequence[BlockMask],
+    scale: float,
+    with_lse: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention over key blocks for a ragged batch of packed queries; one launch on "triton".
+
+    Args:
+        q_THD: queries of all sequences, one behind the other, ``[total, H, D]``; those of a sequence are its last
+            positions.
+        cu_seqlens_q: rows of ``q_THD`` at which the sequences begin, and ``total``; B + 1 numbers of the host.
+        kv: keys and values of B sequences, with spans that the host knows: padded, paged, or packed, that is one buffer
+            ``[1, S, K, D]`` expanded to B with the rows of each as its span.
+        masks: one a sequence (batch 1) with one block size, over all query blocks that hold queries of the sequence.
+        scale: factor on q.k.
+        with_lse: also return the log-sum-exp.
+        backend: as in ``block_sparse_attention``.
+
+    Returns:
+        Output in q's dtype, ``[total, H, Dv]``, zero for a query without blocks; lse, fp32 ``[total, H]``, or None.
+
+    Raises:
+        ValueError: lengths or masks do not fit together, or the backend does not take the case.
+    """
+    spans = kv.known_spans()
+    _check_ragged(q_THD, cu_seqlens_q, spans, masks)
+    block = masks[0].block if masks else 0
+    choice = _choose(backend, q_THD[None], kv, block, scale, ragged=True) if masks else "sdpa"
+    if choice == "triton":
+        return triton_kernels().block_sparse_varlen(q_THD, cu_seqlens_q, kv, masks, scale, with_lse)
+    outs, lses = [q_THD.new_empty(0, q_THD.shape[1], kv.v.shape[-1])], [q_THD.new_empty(0, q_THD.shape[1]).float()]
+    for b, (mask, (start, end)) in enumerate(zip(masks, spans, strict=True)):
+        q = q_THD[None, cu_seqlens_q[b] : cu_seqlens_q[b + 1]]
+        if not q.shape[1]:
+            continue
+        if choice == "fa4":
+            k, v = (x[b : b + 1, start:end] for x in (kv.k, kv.v))
+            out, lse = fa4.block_sparse(q, k, v, mask, scale, with_lse)
+        else:
+            out, lse = block_sparse_attention(q, kv.only(b), mask, scale, with_lse, "sdpa")
+        outs.append(out[0])
+        lses.extend([] if lse is None else [lse[0]])
+    return torch.cat(outs), torch.cat(lses) if with_lse else None
+
+
+def _check_ragged(
+    q_THD: Tensor, cu_seqlens_q: Sequence[int], spans: Sequence[tuple[int, int]], masks: Sequence[BlockMask]
+) -> None:
+    if not len(cu_seqlens_q) - 1 == len(spans) == len(masks):
+        counts = f"{len(cu_seqlens_q) - 1}, {len(spans)} and {len(masks)}"
+        raise ValueError(f"queries, keys and masks are of {counts} sequences: give one of each a sequence")
+    if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != q_THD.shape[0]:
+        ends = f"from {cu_seqlens_q[0]} to {cu_seqlens_q[-1]}"
+        raise ValueError(f"cu_seqlens_q runs {ends}: it has to run from 0 to the number of queries, {q_THD.shape[0]}")
+    for b, ((start, end), mask) in enumerate(zip(spans, masks, strict=True)):
+        tokens, keys, block = cu_seqlens_q[b + 1] - cu_seqlens_q[b], end - start, mask.block
+        if not 0 <= tokens <= keys:
+            raise ValueError(f"sequence {b}: {tokens} queries and {keys} keys; queries are the last of its positions")
+        if block != masks[0].block:
+            raise ValueError(f"masks of block {masks[0].block} and {block}: one launch has one block size")
+        due = range((keys - tokens) // block, -(-keys // block))
+        if tokens and range(mask.first, mask.first + mask.full_count.shape[2]) != due:
+            raise ValueError(
+                f"sequence {b}: its mask has to cover query blocks {due.start} to {due.stop - 1}, no others"
+            )
+
+
+def _choose(backend: Backend, q: Tensor, kv: KV, block: int, scale: float, ragged: bool = False) -> Backend:
+    """The backend that runs."""
+    one_of("backend", backend, ("auto", "fa4", "triton", "sdpa"))
+    if backend == "sdpa" or backend == "auto" and not q.is_cuda:
+        return "sdpa"
+    if backend != "triton":
+        lacks = _lacks_fa4(q, kv, block, scale, ragged)
+        if lacks is None:
+            return "fa4"
+        if backend == "fa4":
+            raise ValueError(f"backend=fa4: needs {lacks}")
+    kernels = triton_kernels()
+    lacks = kernels.unsupported(q, kv, block, scale) if kernels else "the package triton; pip install triton"
+    if lacks is None and not ragged and len({end - start for start, end in kv.known_spans()}) > 1:
+        lacks = "sequences of one length; block_sparse_attention_varlen takes others"
+    if lacks is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend=triton: needs {lacks}")
+    return "sdpa"
+
+
+def _lacks_fa4(q: Tensor, kv: KV, block: int, scale: float, ragged: bool) -> str | None:
+    lacks = fa4.unsupported(q, kv.k, kv.v, scale, block)
+    if lacks is None and kv.table is not None:
+        lacks = "keys in one piece; backend=triton reads pages"
+    if lacks is None and not ragged and len(set(kv.known_spans())) > 1:
+        lacks = "sequences in the same rows of the buffer; backend=triton takes others"
+    return lacks
 
 
 def block_sparse_attention_reference(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Partial:
@@ -67,7 +184,7 @@ def _by_tile(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Tensor:
 
 def _by_query_block(q_BTHD: Tensor, kv: KV, mask: BlockMask, scale: float) -> Tensor:
     """Torch SDPA on the gathered keys of all heads of a query block, padded to the longest list."""
-    rows, offset, block = _computed_rows(q_BTHD, kv, mask), int(kv.length[0]) - q_BTHD.shape[1], mask.block
+    rows, offset, block = _computed_rows(q_BTHD, kv, mask), _num_keys(kv) - q_BTHD.shape[1], mask.block
     k, v = _blocks(kv, block)
     batch, heads = q_BTHD.shape[0], q_BTHD.shape[2]
     active = mask.active(k.shape[2])
@@ -112,7 +229,7 @@ class _Tile(NamedTuple):
 
 def _tiles(q_BTHD: Tensor, kv: KV, mask: BlockMask) -> Iterator[_Tile]:
     """The tiles that have keys. Keys past the end pad the last block with zeros; the causal mask hides them."""
-    rows, offset = _computed_rows(q_BTHD, kv, mask), int(kv.length[0]) - q_BTHD.shape[1]
+    rows, offset = _computed_rows(q_BTHD, kv, mask), _num_keys(kv) - q_BTHD.shape[1]
     k, v = _blocks(kv, mask.block)
     group = q_BTHD.shape[2] // k.shape[1]
     triangle = torch.ones(mask.block, mask.block, dtype=torch.bool, device=q_BTHD.device).tril()
@@ -138,11 +255,16 @@ def _tiles(q_BTHD: Tensor, kv: KV, mask: BlockMask) -> Iterator[_Tile]:
 
 def _blocks(kv: KV, block: int) -> tuple[Tensor, Tensor]:
     """Keys and values by block, ``[B, K, C, block, *]``; zeros fill the last one."""
-    fill = -int(kv.length[0]) % block
+    fill = -_num_keys(kv) % block
     k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4) for x in keys_values(kv))
     return k, v
 
 
 def _computed_rows(q_BTHD: Tensor, kv: KV, mask: BlockMask) -> range:
-    keys = int(kv.length[0])
+    keys = _num_keys(kv)
     return range(max(keys - q_BTHD.shape[1], mask.rows().start), min(keys, mask.rows().stop))
+
+
+def _num_keys(kv: KV) -> int:
+    start, end = uniform_span(kv)
+    return end - start

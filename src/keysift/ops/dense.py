@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keysift.ops import fa4
 from keysift.ops.heads import group
 from keysift.types import KV, Partial
 
@@ -13,7 +19,10 @@ MASK_ELEMENTS = 1 << 26  # a boolean mask is built for so many (query, key) pair
 
 
 def dense_attention(q_BTHD: Tensor, kv: KV, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of the last T positions over all keys, through torch SDPA.
+    """Causal attention of the last T positions over all keys.
+
+    On GPUs through FlashAttention-4 where it is installed, else through our Triton kernel where queries are fewer than
+    keys or these lie in pages; otherwise, and with a window, through torch SDPA.
 
     Args:
         q_BTHD: queries; with T > 1 all sequences must have one length (T = 1 may be ragged).
@@ -25,7 +34,53 @@ def dense_attention(q_BTHD: Tensor, kv: KV, scale: float, window: int | None = N
         Output in the dtype of q, ``[B, T, H, Dv]``; zero for a sequence without keys.
     """
     if q_BTHD.shape[1] == 1:
-        return _one_query(q_BTHD, kv, scale, window)
+        return _one_query(q_BTHD, kv if kv.table is None else KV.of(*keys_values(kv)), scale, window)
+    by_kernel = _by_kernel(q_BTHD, kv, scale, window, with_lse=False)
+    return by_kernel[0] if by_kernel is not None else _by_sdpa(q_BTHD, kv, scale, window)
+
+
+def dense_attention_lse(q_BTHD: Tensor, kv: KV, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """The same with the log-sum-exp; all sequences must have one length.
+
+    On GPUs through FlashAttention-4 or our Triton kernel; with a window, in fp32, on a CPU: by the reference.
+
+    Returns:
+        Output in the dtype of q, ``[B, T, H, Dv]``; lse, fp32 natural log, ``[B, T, H]``, -inf without keys.
+    """
+    by_kernel = _by_kernel(q_BTHD, kv, scale, window, with_lse=True)
+    if by_kernel is not None:
+        return by_kernel
+    part = dense_attention_reference(q_BTHD, kv, scale, window)
+    return part.out.to(q_BTHD.dtype), part.lse
+
+
+@functools.cache
+def triton_kernels() -> Any:
+    """The module of the Triton kernel, or None where triton cannot be imported."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("keysift.ops.block_sparse_triton")
+
+
+def _by_kernel(q_BTHD: Tensor, kv: KV, scale: float, window: int | None, with_lse: bool) -> Any:
+    """Output and lse (or None) of the fastest kernel that takes the case; None if there is none or SDPA is faster."""
+    lengths = {end - start for start, end in kv.known_spans()} if q_BTHD.is_cuda else {0}
+    tokens, keys = q_BTHD.shape[1], max(lengths)
+    if len(lengths) > 1 or not 0 < tokens <= keys or (window is not None and window < keys):
+        return None
+    if kv.table is None and len(set(kv.known_spans())) == 1:
+        k, v = keys_values(kv)
+        if fa4.unsupported(q_BTHD, k, v, scale) is None:
+            return fa4.dense(q_BTHD, k, v, scale, with_lse)
+    kernels = triton_kernels()
+    if (with_lse or tokens < keys or kv.table is not None) and kernels and tokens > 1:
+        block = kernels.BLOCKS[-1]
+        if kernels.unsupported(q_BTHD, kv, block, scale) is None:
+            return kernels.dense(q_BTHD, kv, scale, with_lse, block)
+    return None
+
+
+def _by_sdpa(q_BTHD: Tensor, kv: KV, scale: float, window: int | None) -> Tensor:
     k, v = keys_values(kv)
     tokens, keys = q_BTHD.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k, v))
@@ -60,10 +115,20 @@ def dense_attention_reference(q_BTHD: Tensor, kv: KV, scale: float, window: int 
 
 
 def keys_values(kv: KV) -> tuple[Tensor, Tensor]:
-    """Keys and values of a view whose sequences have one start and one length, ``[B, N, K, *]``."""
-    start, length = int(kv.start[0]), int(kv.length[0])
-    assert bool((kv.start == start).all() and (kv.length == length).all()), "ragged view"
-    return kv.k[:, start : start + length], kv.v[:, start : start + length]
+    """Keys and values of a view whose sequences have one start and one length, ``[B, N, K, *]``; copied from pages."""
+    start, end = uniform_span(kv)
+    if kv.table is None:
+        return kv.k[:, start:end], kv.v[:, start:end]
+    row = torch.arange(start, end, device=kv.k.device)
+    page = kv.table[:, row // kv.k.shape[1]].long()
+    return kv.k[page, row % kv.k.shape[1]], kv.v[page, row % kv.k.shape[1]]
+
+
+def uniform_span(kv: KV) -> tuple[int, int]:
+    """Start and end of a view whose sequences have one start and one length."""
+    spans = set(kv.known_spans())
+    assert len(spans) == 1, "ragged view"
+    return spans.pop()
 
 
 def _causal(position: Tensor, first: int, last: int, window: int | None) -> Tensor:
