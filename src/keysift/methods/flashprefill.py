@@ -10,8 +10,9 @@ from torch import Tensor
 
 from keysift.methods.base import PrefillMethod, option
 from keysift.ops.dense import keys_values
-from keysift.ops.flex_search import pool
 from keysift.ops.heads import group
+from keysift.ops.lists import block_lists
+from keysift.ops.pooling import pool
 from keysift.types import KV, BlockMask, Ctx
 
 
@@ -34,13 +35,14 @@ class Method(PrefillMethod):
     last_rows: int = option(2, "last query blocks, dense", low=0)
 
     def plan(self, q_BTHD: Tensor, kv: KV, ctx: Ctx) -> Plan | None:
-        keys = int(kv.length[0])
+        k = keys_values(kv)[0]
+        keys = k.shape[1]
         if q_BTHD.shape[1] == 1 or self.alpha == 0 or keys <= 2 * self.block:
             return None
-        return Plan(q_BTHD, pool(keys_values(kv)[0], self.block, 0), keys, ctx.scale)
+        return Plan(q_BTHD, pool(k, self.block, 0), keys, ctx.scale)
 
     def mask(self, plan: Plan, blocks: range) -> BlockMask:
-        return BlockMask.of(torch.stack([self._row(plan, i) for i in blocks], 2), self.block, blocks.start)
+        return block_lists(torch.stack([self._row(plan, i) for i in blocks], 2), self.block, blocks.start)
 
     def _row(self, plan: Plan, i: int) -> Tensor:
         """Key blocks of query block ``i``, bool ``[B, H, C]``."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keysift.methods.base import BLOCKS, DENSE_LAYERS, DecodeMethod, check, option
+from keysift.ops.lists import block_lists
 from keysift.types import KV, BlockMask, Ctx, Selection
 
 DEFAULT_WINDOW = 1008
@@ -43,7 +44,8 @@ class Method(DecodeMethod):
             object.__setattr__(self, "window", self.budget - self.sinks)
 
     def plan(self, q_BTHD: Tensor, kv: KV, ctx: Ctx) -> Plan | None:
-        keys = int(kv.length[0])
+        start, end = kv.known_spans()[0]
+        keys = end - start
         if keys <= self.sinks + self.window:
             return None
         return Plan(q_BTHD.shape[0], q_BTHD.shape[2], -(-keys // self.block), q_BTHD.device)
@@ -55,7 +57,7 @@ class Method(DecodeMethod):
         # the oldest key that the block's first query still sees lies window - 1 tokens before it
         recent = column >= (query * self.block - self.window + 1).div(self.block, rounding_mode="floor")
         active = (sink | recent) & (column <= query)
-        return BlockMask.of(active.expand(plan.batch, plan.heads, *active.shape), self.block, blocks.start)
+        return block_lists(active.expand(plan.batch, plan.heads, *active.shape), self.block, blocks.start)
 
     def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection:
         batch, kv_heads = q_BHD.shape[0], kv.k.shape[2]

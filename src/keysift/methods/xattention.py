@@ -12,6 +12,7 @@ from torch import Tensor
 from keysift.methods.base import PrefillMethod, option
 from keysift.ops.dense import keys_values
 from keysift.ops.heads import group
+from keysift.ops.lists import block_lists
 from keysift.ops.select import cover
 from keysift.types import KV, BlockMask, Ctx
 
@@ -34,19 +35,20 @@ class Method(PrefillMethod):
     stride: int = option(8, "distance of the antidiagonals that are summed", choices=(4, 8, 16))
 
     def plan(self, q_BTHD: Tensor, kv: KV, ctx: Ctx) -> Plan | None:
-        tokens, keys = q_BTHD.shape[1], int(kv.length[0])
+        tokens, k = q_BTHD.shape[1], keys_values(kv)[0]
+        keys = k.shape[1]
         if tokens == 1 or self.threshold == 1 or keys <= 2 * self.block:
             return None
         skip, blocks = (keys - tokens) % self.block, -(-keys // self.block)
         fill = blocks * self.block - keys
         q = F.pad(q_BTHD.float(), (0, 0, 0, 0, skip, fill)).unflatten(1, (-1, self.stride)).flip(2)
-        k = F.pad(keys_values(kv)[0].float(), (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, self.stride))
+        k = F.pad(k.float(), (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, self.stride))
         q, k = (x.transpose(2, 3).flatten(3) for x in (q, k))
         return Plan(q, k, (keys - tokens) // self.block, keys, ctx.scale / self.stride)
 
     def mask(self, plan: Plan, blocks: range) -> BlockMask:
         rows = [self._row(plan, i) for i in blocks]
-        return BlockMask.of(torch.stack(rows, 2), self.block, blocks.start)
+        return block_lists(torch.stack(rows, 2), self.block, blocks.start)
 
     def _row(self, plan: Plan, i: int) -> Tensor:
         """Key blocks of query block ``i``, bool ``[B, H, C]``."""
