@@ -1,9 +1,17 @@
 """Inputs and oracles that several tests share."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from keysift import pocket
+from keysift.eval.data import Data
+from keysift.eval.ruler import make_sample
 
 TOLERANCE = {  # relative error ||out - ref|| / ||ref|| of an output against the fp32 oracle
     torch.float32: 2e-5,
@@ -43,6 +51,26 @@ def structured_qkv(
     heavy = torch.randint(0, tokens, (max(2, tokens // 100),), generator=g)
     k[:, heavy, ::2, -2] += 6.0
     return q, k, v
+
+
+@functools.cache
+def pocket_queries_keys(tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of every layer of the shipped model on a document of facts to trace."""
+    folder = pocket.path()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = make_sample("vt", tokens, 0, AutoTokenizer.from_pretrained(folder), Data()).ids
+    seen = []
+
+    def spy(module, query, key, value, attention_mask, **options):
+        seen.append((query.transpose(1, 2), key.transpose(1, 2)))
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    model.set_attn_implementation("spy")
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+    return seen
 
 
 def oracle(

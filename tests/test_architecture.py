@@ -1,6 +1,8 @@
 """The house keeps its order: who may import whom, and what no room may contain."""
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import keysift
 
 ROOT = Path(keysift.__file__).parent
 # each may import those before it
-ORDER = "types ops methods cache meter attention functional hf checkpoint eval cli".split()
+ORDER = "types ops methods cache meter attention functional hf checkpoint eval bench cli".split()
 FREE = {"pocket", "__init__"}  # pocket is data; the package's front names what hf and functional define
 MODEL_NAMES = ("llama", "qwen", "mistral", "glm", "gemma", "phi3", "mixtral")
 FILES = sorted(p for p in ROOT.rglob("*.py"))
@@ -19,6 +21,11 @@ FILES = sorted(p for p in ROOT.rglob("*.py"))
 def room(path):
     first = path.relative_to(ROOT).parts[0]
     return first.removesuffix(".py")
+
+
+def of_triton(path):
+    """Whether a file may import triton: kernels, and how they address tensors."""
+    return path.parent.name == "ops" and (path.stem.endswith("_triton") or path.stem == "descriptors")
 
 
 def imports(path):
@@ -46,11 +53,28 @@ def test_imports_point_one_way(path):
     if here in FREE:
         return
     rooms, foreign = imports(path)
-    allowed = set(ORDER[: ORDER.index(here) + 1]) | (FREE if here in ("eval", "cli") else set())
+    allowed = set(ORDER[: ORDER.index(here) + 1]) | (FREE if here in ("eval", "bench", "cli") else set())
     known = {r for r in rooms if r in ORDER or r in FREE}
     assert known <= allowed, f"{here} imports {known - allowed}"
     if here in ORDER[:6]:
-        assert foreign <= {"torch", *sys.stdlib_module_names}
+        assert foreign <= {"torch", *sys.stdlib_module_names} | ({"triton"} if of_triton(path) else set())
+
+
+def test_the_package_works_where_triton_is_missing():
+    """Modules of kernels are imported when they are first needed, which without a GPU is never."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, keysift, keysift.bench.inputs
+q, k, v = keysift.bench.inputs.structured_qkv(300, 2, 1, 32, dtype=torch.bfloat16)
+for spec in ("dense", "flexprefill:block=16", "flexprefill:block=16,mode=seed", "minference", "xattention"):
+    assert keysift.prefill_attention(q, k, v, spec, return_lse=True)[0].isfinite().all()
+loaded = [m for m in sys.modules if m.startswith("keysift") and m.endswith(("_triton", "descriptors"))]
+assert not loaded, loaded
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_room_is_known():

@@ -124,6 +124,123 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(function, q, k, v, mess
     assert "\n" not in str(error.value)
 
 
+RAGGED = [(90, 90), (1, 40), (37, 130), (0, 5), (64, 64)]  # queries and keys of the sequences
+VARLEN = ("dense", "flexprefill:gamma=.7,block=16", "streaming:sinks=5,window=30,block=16", "xattention:block=16")
+
+
+def packed(**sizes):
+    """Sequences of those lengths one behind the other, and where they begin."""
+    cu_q, cu_k, parts = [0], [0], []
+    for b, (tokens, keys) in enumerate(RAGGED):
+        q, k, v = structured_qkv(keys, seed=b, **sizes)
+        parts.append((q[0, keys - tokens :], k[0], v[0]))
+        cu_q.append(cu_q[-1] + tokens)
+        cu_k.append(cu_k[-1] + keys)
+    return [torch.cat(x) for x in zip(*parts, strict=True)], cu_q, cu_k
+
+
+@pytest.mark.parametrize("spec", [*VARLEN, "flexprefill:mode=seed,block=16"])
+def test_packed_sequences_are_read_as_one_by_one(spec):
+    seed = "mode=seed" in spec
+    if seed:  # as many queries as keys
+        q, k, v = (x[0] for x in structured_qkv(154))
+        cu_q = cu_k = [0, 90, 154]
+    else:
+        (q, k, v), cu_q, cu_k = packed()
+    options = {"return_lse": True, "return_stats": True, "measure_mass": True, "scale": 0.3}
+    out, lse, stats = keysift.prefill_attention_varlen(q, k, v, cu_q, cu_k, spec, **options)
+    assert out.shape == q.shape and lse.shape == q.shape[:2]
+    read = pairs = 0
+    for b in range(len(cu_q) - 1):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        if rows.start == rows.stop:
+            continue
+        one = keysift.prefill_attention(q[None, rows], k[None, keys], v[None, keys], spec, **options)
+        assert close(out[rows], one[0][0])
+        assert close(lse[rows], one[1][0])
+        tokens, number = rows.stop - rows.start, keys.stop - keys.start
+        pairs += tokens * (2 * number - tokens + 1) / 2
+        read += one[2].density * tokens * (2 * number - tokens + 1) / 2
+    assert stats.density == pytest.approx(read / pairs, rel=1e-6)
+    assert (stats.density < 1) == (spec != "dense") and stats.density <= stats.mass_covered <= 1 + 1e-6
+
+
+def test_packed_sequences_return_what_is_asked_for_in_their_dtype():
+    (q, k, v), cu_q, cu_k = packed(heads=6, dim=16)
+    out = keysift.prefill_attention_varlen(q.bfloat16(), k.bfloat16(), v.bfloat16(), torch.tensor(cu_q), tuple(cu_k))
+    assert isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16 and out.shape == (192, 6, 16)
+    out, stats = keysift.prefill_attention_varlen(q, k, v, cu_q, cu_k, "dense", return_stats=True, backend="sdpa")
+    assert stats.density == 1 and stats.mass_covered is None
+    start = cu_k[2]
+    assert close(
+        out[cu_q[2] : cu_q[3]],
+        oracle(*(x[None] for x in (q[91:128], k[start : start + 130], v[start : start + 130])))[0][0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k", "message"),
+    [
+        ([0, 40, 39], [0, 50, 100], "cu_seqlens_q=[0, 40, 39]: must rise from 0 to the 80 tokens of q"),
+        ([0, 90, 80], [0, 50, 100], "cu_seqlens_q=[0, 90, 80]: must rise"),
+        ([1, 40, 80], [0, 50, 100], "must rise from 0"),
+        ([0], [0, 50, 100], "cu_seqlens_q=[0]: must rise"),
+        ([0, 40, 80], [0, 50, 99], "cu_seqlens_k=[0, 50, 99]: must rise from 0 to the 100 tokens of k"),
+        ([0, 80], [0, 50, 100], "cu_seqlens_q is of 1 sequences and cu_seqlens_k of 2"),
+        ([0, 60, 80], [0, 50, 100], "sequence 0 has 60 queries and 50 keys: queries are the last tokens of the keys"),
+    ],
+)
+def test_boundaries_of_packed_sequences_are_checked(cu_q, cu_k, message):
+    q, k, v = (x[0] for x in structured_qkv(100))
+    with pytest.raises(ValueError) as error:
+        keysift.prefill_attention_varlen(q[:80], k, v, cu_q, cu_k)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_packed_tensors_are_checked_like_batches():
+    q, k, v = (x[0] for x in structured_qkv(40))
+    for bad, message in (
+        ((q * math.nan, k, v), "q holds NaN"),
+        ((q, k.double(), v), "k is torch.float64"),
+        ((q, k, v[:, :1]), "batch, tokens and heads must agree"),
+        ((q[:, :3], k, v), "3 query heads are not divisible by 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keysift.prefill_attention_varlen(*bad, [0, 40], [0, 40])
+
+
+@pytest.mark.parametrize("function", [keysift.prefill_attention, keysift.flex_prefill_attention])
+def test_backends_are_checked_and_give_the_same(function):
+    options = {"method": "flexprefill:gamma=.7,block=16"} if function is keysift.prefill_attention else SPARSE
+    expected = function(Q, K, V, **options)
+    assert close(function(Q, K, V, **options, backend="sdpa"), expected)
+    for backend, message in (
+        ("cuda", "backend=cuda: choose auto, fa4, triton or sdpa"),
+        ("fa4", "backend=fa4: needs "),
+    ):
+        q, k, v = structured_qkv(300)
+        with pytest.raises(ValueError, match=message):
+            function(q, k, v, **options, backend=backend)
+
+
+def test_flex_prefill_attention_passes_its_arguments_on():
+    q, k, v = structured_qkv(500)
+    for arguments, spec in (
+        ({"gamma": 0.8, "block_size": 16}, "gamma=.8,block=16"),
+        (
+            {"gamma": 0.8, "block_size": 32, "min_budget": 90, "max_budget": 150},
+            "gamma=.8,block=32,min_budget=90,max_budget=150",
+        ),
+        ({"gamma": 0.8, "block_size": 32, "dense_below": 501}, "gamma=.8,block=32,dense_below=501"),
+        ({"gamma": 0.8, "block_size": 32, "tau": 0.2, "mode": "seed"}, "gamma=.8,block=32,tau=.2,mode=seed"),
+    ):
+        out, stats = keysift.flex_prefill_attention(q, k, v, **arguments, return_stats=True)
+        expected, wanted = keysift.prefill_attention(q, k, v, f"flexprefill:{spec}", return_stats=True)
+        assert torch.equal(out, expected) and stats == wanted
+        assert (stats.density == 1) == ("dense_below" in arguments)
+
+
 def test_decode_takes_one_query():
     with pytest.raises(ValueError, match="q has 40 tokens: decode takes 1"):
         keysift.decode_attention(Q, K, V)

@@ -40,7 +40,7 @@ EVERYTHING = {  # a SPEC for each prefill and decode method whose budget is all 
 SPARSE = {  # a SPEC that reads part of a prompt of a few hundred tokens
     "prefill": {
         "streaming": "streaming:sinks=5,window=50,block=16",
-        "flexprefill": "flexprefill:gamma=0.7,min_budget=16,block=16",
+        "flexprefill": "flexprefill:gamma=0.7,min_budget=16,block=16,dense_below=0",
         "minference": "minference:vertical=48,slash=64,block=16,last_q=20",
         "xattention": "xattention:threshold=0.6,block=16",
         "flashprefill": "flashprefill:alpha=0.3,sink_blocks=1,window_blocks=1,block=16,last_rows=1",
@@ -56,7 +56,7 @@ SPARSE = {  # a SPEC that reads part of a prompt of a few hundred tokens
 }
 SAMPLING = ("magicpig", "oracle")  # methods whose rows are random draws with known probabilities
 WHOLE_PROMPT = {  # prefill methods whose choice for a query depends on later queries, with the reason
-    "flexprefill": "the last block of the queries at hand shows the pattern",
+    "flexprefill": "samples of the queries at hand set the threshold",
     "minference": "the last queries at hand show the pattern",
     "flashprefill": "the last query blocks at hand are dense",
 }
@@ -141,7 +141,7 @@ def test_a_method_cites_its_source_and_explains_its_options(name):
     assert methods.parse(methods.describe(cls()), methods.roles(cls)[0]) == cls()
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 100, 1025])
+@pytest.mark.parametrize("tokens", [1, 63, 100, pytest.param(1025, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize("name", named("prefill"))
 def test_full_budget_prefill_equals_dense(name, tokens, group):
@@ -198,7 +198,7 @@ def test_every_query_reads_its_own_block_and_the_first(name):
     q, k, v = structured_qkv(403, heads=8)
     seen = token_mask(sparse("prefill", name), q, KV.of(k, v))
     assert seen[:, :, range(403), range(403)].all()
-    assert seen[..., 0].all()
+    assert seen[..., 0].all() or name == "flexprefill"  # which looks whether the sink has mass
 
 
 @pytest.mark.parametrize("name", named("decode", SPARSE["decode"]))
@@ -483,22 +483,6 @@ def test_minference_keeps_the_columns_and_diagonals_that_the_last_queries_attend
         for i in range(10):
             expected = {c for c in range(i + 1) if c in columns or i - c in diagonals}
             assert set(active[h, i].nonzero()[:, 0].tolist()) == expected
-
-
-@pytest.mark.parametrize("tokens", [320, 110])
-def test_query_aware_rows_cover_gamma_of_their_pooled_scores_with_the_fewest_blocks(tokens):
-    """Of the last 110 tokens, the first block of queries holds 14: blocks stay aligned to positions."""
-    q, k = (2.0 * torch.randn(1, 320, heads, 16, generator=generator(0)) for heads in (2, 1))
-    active = blocks_of("flexprefill:gamma=0.6,tau=9,min_budget=none,block=32", q[:, -tokens:], k)
-    pooled_k = k[0].double().unflatten(0, (10, 32)).mean(1)
-    first = (320 - tokens) // 32
-    for h in range(2):
-        for i in range(first, 10):
-            queries = q[0, max(i * 32, 320 - tokens) : (i + 1) * 32, h].double()
-            share = (pooled_k[: i + 1, 0] @ queries.mean(0) * 16**-0.5).softmax(0)
-            count = int((share.sort(descending=True).values.cumsum(0) < 0.6).sum()) + 1
-            expected = {0, i, *share.topk(count).indices.tolist()}
-            assert set(active[h, i - first].nonzero()[:, 0].tolist()) == expected
 
 
 def test_quest_reads_the_pages_of_the_highest_bounds():

@@ -9,10 +9,10 @@ from keysift.ops.block_sparse import _by_query_block, block_sparse_attention, bl
 from keysift.ops.codes import collision_log_probability, hash_codes, match_codes, projections
 from keysift.ops.coverage import mass_covered
 from keysift.ops.dense import dense_attention, dense_attention_reference
-from keysift.ops.flex_search import flex_search, jensen_shannon_distance, pool
 from keysift.ops.gather import gather_attention
 from keysift.ops.merge import merge
 from keysift.ops.pages import page_bounds, page_scores
+from keysift.ops.pooling import pool
 from keysift.ops.random import normal, uniform
 from keysift.ops.select import cover, top_k
 from keysift.ops.vertical_slash import last_queries_attention, vertical_slash_mass
@@ -268,35 +268,6 @@ def test_vertical_and_slash_mass_are_the_attention_summed_by_block_and_by_block_
     assert torch.allclose(slash, expected, atol=1e-5)
     assert torch.allclose(vertical.sum(-1), torch.ones_like(vertical.sum(-1)), atol=1e-5)
     assert torch.allclose(vertical[..., 2], weight[..., 32:48].sum((-1, -2)) / 40, atol=1e-6)
-
-
-def test_jensen_shannon_distance_is_zero_for_equals_and_root_log_two_for_disjoint():
-    p = torch.tensor([0.5, 0.5, 0.0, 0.0])
-    assert jensen_shannon_distance(p, p) == 0
-    assert math.isclose(jensen_shannon_distance(p, p.flip(0)), math.sqrt(math.log(2)), rel_tol=1e-6)
-
-
-def test_flex_search_covers_gamma_of_the_last_blocks_mass_with_columns_and_with_diagonals():
-    q, k, _ = structured_qkv(1000)
-    plan = flex_search(q, k, 32**-0.5, 0.8, 0.0, 1, None, 32)
-    vertical, slash = vertical_slash_mass(q[:, -32:], k, 32**-0.5, 32)
-    assert ((vertical * plan.vertical).sum(-1) >= 0.8 - 1e-5).all()
-    assert ((slash * plan.slash).sum(-1) >= 0.8 - 1e-5).all()
-    assert plan.vertical.float().mean() < 0.9
-    assert plan.vertical[..., 0].all()
-    assert plan.slash[..., 0].all()
-
-
-def test_flex_search_honours_budgets_in_both_branches():
-    q, k, _ = structured_qkv(900)
-    for tau in (0.0, 10.0):
-        plan = flex_search(q, k, 32**-0.5, 0.99, tau, 1, 4, 32)
-        active = plan.active(range(29))
-        assert bool(plan.query_aware.all()) == (tau == 10)
-        rows = active[:, :, 20:].sum(-1)
-        assert rows.max() <= (6 if tau else 10)
-        assert active[..., 0].all()
-        assert active.diagonal(dim1=-2, dim2=-1).all()
 
 
 def test_mass_covered_is_one_for_everything_and_the_masked_share_otherwise():

@@ -1,6 +1,6 @@
 """Long-context LLM inference that reads fewer keys: sparse attention for any Hugging Face decoder."""
 
-from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention
+from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention, prefill_attention_varlen
 from keysift.hf import Attachment, KVCache, attach, detach, patch_model
 from keysift.types import Stats
 
@@ -15,4 +15,5 @@ __all__ = [
     "flex_prefill_attention",
     "patch_model",
     "prefill_attention",
+    "prefill_attention_varlen",
 ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from keysift.cache import Store
 from keysift.meter import Meter
-from keysift.ops.block_sparse import block_sparse_attention
+from keysift.ops.block_sparse import Backend, block_sparse_attention, block_sparse_attention_varlen
 from keysift.ops.coverage import mass_covered
-from keysift.ops.dense import dense_attention, dense_attention_reference
+from keysift.ops.dense import dense_attention, dense_attention_lse
 from keysift.ops.gather import gather_attention
 from keysift.ops.merge import merge
-from keysift.types import KV, Ctx, Decode, Prefill, Selection
+from keysift.types import KV, BlockMask, Ctx, Decode, Prefill, Selection
 
 LIST_BYTES = 1 << 28  # block lists and the masks they are made of exist for so many bytes at a time
 
@@ -26,57 +29,153 @@ def prefill(
     *,
     window: int | None = None,
     with_lse: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the last T positions, over the blocks that ``method`` chooses.
 
-    A ragged or padded batch goes one sequence at a time; queries before a sequence's first token get zeros. A layer
-    with a sliding window of its own stays dense within it.
+    In a ragged or padded batch queries before a sequence's first token get zeros. A layer with a sliding window of its
+    own stays dense within it. ``backend`` is that of ``block_sparse_attention``.
 
     Returns:
         Output in q's dtype ``[B, T, H, Dv]``, and the log-sum-exp, fp32 ``[B, T, H]``, if asked for.
     """
-    lengths, starts = kv.length.tolist(), kv.start.tolist()
-    if len({*lengths}) > 1 or len({*starts}) > 1 or lengths[0] < q_BTHD.shape[1]:
-        return _prefill_ragged(q_BTHD, kv, method, ctx, meter, window, with_lse)
+    spans = {*kv.known_spans()}
+    start, end = next(iter(spans))
     batch, tokens, heads = q_BTHD.shape[:3]
-    keys = lengths[0]
+    keys = end - start
+    if len(spans) > 1 or keys < tokens:
+        return _prefill_ragged(q_BTHD, kv, method, ctx, meter, window, with_lse, backend)
     positions = range(keys - tokens, keys)
     exact = window is not None or ctx.layer in method.dense_layers
     plan = None if exact else method.plan(q_BTHD, kv, ctx)
     if plan is None:
         meter.add_dense(positions, heads, batch)
         if with_lse:
-            part = dense_attention_reference(q_BTHD, kv, ctx.scale, window)
-            return part.out.to(q_BTHD.dtype), part.lse
+            return dense_attention_lse(q_BTHD, kv, ctx.scale, window)
         return dense_attention(q_BTHD, kv, ctx.scale, window), None
     parts = []
-    first, stop = positions.start // method.block, -(-keys // method.block)
-    step = max(1, LIST_BYTES // (16 * batch * heads * stop))
-    for i in range(first, stop, step):
-        mask = method.mask(plan, range(i, min(i + step, stop)))
-        parts.append(block_sparse_attention(q_BTHD, kv, mask, ctx.scale, with_lse))
-        meter.add_mask(mask, range(max(positions.start, mask.rows().start), min(keys, mask.rows().stop)), heads, batch)
-        if meter.measure_mass:
-            meter.mass.append(mass_covered(q_BTHD, kv, mask, ctx.scale).flatten().cpu())
-    out = torch.cat([part[0] for part in parts], 1)
+    for blocks in _chunks(positions, method.block, batch * heads):
+        mask = method.mask(plan, blocks)
+        parts.append(block_sparse_attention(q_BTHD, kv, mask, ctx.scale, with_lse, backend))
+        _note(meter, mask, q_BTHD, kv, ctx.scale)
+    out = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], 1)
     if meter.measure_error:
         meter.add_error("prefill", out, dense_attention(q_BTHD, kv, ctx.scale))
     return out, torch.cat([lse for _, lse in parts if lse is not None], 1) if with_lse else None
 
 
+def prefill_varlen(
+    q_THD: Tensor,
+    cu_seqlens_q: Sequence[int],
+    kv: KV,
+    method: Prefill,
+    ctx: Ctx,
+    meter: Meter,
+    *,
+    with_lse: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The same for packed queries of sequences of any lengths; those that a method reads sparsely share one launch.
+
+    Args:
+        q_THD: queries ``[total, H, D]``; those of a sequence are its last positions.
+        cu_seqlens_q: rows at which the sequences begin, and ``total``: B + 1 numbers of the host.
+        kv: keys and values of B sequences, with spans that the host knows.
+
+    Returns:
+        Output in q's dtype ``[total, H, Dv]``, and the log-sum-exp, fp32 ``[total, H]``, if asked for.
+    """
+    sequences = [slice(a, b) for a, b in itertools.pairwise(cu_seqlens_q)]
+    masks = [
+        _whole_mask(q_THD[None, rows], kv.only(b), method, _of_sequence(ctx, b), meter)
+        for b, rows in enumerate(sequences)
+    ]
+    listed = [mask for mask in masks if mask is not None]
+    if len(listed) == len(sequences):
+        return block_sparse_attention_varlen(q_THD, cu_seqlens_q, kv, listed, ctx.scale, with_lse, backend)
+    out = q_THD.new_zeros(*q_THD.shape[:2], kv.v.shape[-1])
+    lse = q_THD.new_full(q_THD.shape[:2], -torch.inf, dtype=torch.float32) if with_lse else None
+    for b, (rows, mask) in enumerate(zip(sequences, masks, strict=True)):
+        q, one = q_THD[None, rows], kv.only(b)
+        if mask is not None:
+            part, part_lse = block_sparse_attention(q, one, mask, ctx.scale, with_lse, backend)
+        elif q.shape[1]:
+            alone = _of_sequence(ctx, b)
+            part, part_lse = prefill(q, one, method, alone, meter, with_lse=with_lse, backend=backend)
+        else:
+            continue
+        out[rows] = part[0]
+        if lse is not None and part_lse is not None:
+            lse[rows] = part_lse[0]
+    return out, lse
+
+
+def _chunks(positions: range, block: int, heads: int) -> list[range]:
+    """The query blocks of some positions, as many at a time as lists may exist for."""
+    first, stop = positions.start // block, -(-positions.stop // block)
+    step = max(1, LIST_BYTES // (16 * heads * stop))
+    return [range(i, min(i + step, stop)) for i in range(first, stop, step)]
+
+
+def _note(meter: Meter, mask: BlockMask, q_BTHD: Tensor, kv: KV, scale: float) -> None:
+    """Count what is read of the queries that ``mask`` speaks of."""
+    start, end = kv.known_spans()[0]
+    batch, tokens, heads = q_BTHD.shape[:3]
+    rows, keys = mask.rows(), end - start
+    meter.add_mask(mask, range(max(keys - tokens, rows.start), min(keys, rows.stop)), heads, batch)
+    if meter.measure_mass:
+        meter.mass.append(mass_covered(q_BTHD, kv, mask, scale).flatten())
+
+
+def _of_sequence(ctx: Ctx, b: int) -> Ctx:
+    return ctx._replace(positions=ctx.positions[b : b + 1])
+
+
+def _whole_mask(q_BTHD: Tensor, kv: KV, method: Prefill, ctx: Ctx, meter: Meter) -> BlockMask | None:
+    """The mask of all queries of a sequence, counted; None where it is dense, has none, or would take several masks."""
+    start, end = kv.known_spans()[0]
+    chunks = _chunks(range(end - start - q_BTHD.shape[1], end - start), method.block, q_BTHD.shape[2])
+    if not q_BTHD.shape[1] or len(chunks) > 1 or ctx.layer in method.dense_layers or meter.measure_error:
+        return None
+    plan = method.plan(q_BTHD, kv, ctx)
+    if plan is None:
+        return None
+    mask = method.mask(plan, chunks[0])
+    _note(meter, mask, q_BTHD, kv, ctx.scale)
+    return mask
+
+
 def _prefill_ragged(
-    q_BTHD: Tensor, kv: KV, method: Prefill, ctx: Ctx, meter: Meter, window: int | None, with_lse: bool
+    q_BTHD: Tensor,
+    kv: KV,
+    method: Prefill,
+    ctx: Ctx,
+    meter: Meter,
+    window: int | None,
+    with_lse: bool,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
     out = q_BTHD.new_zeros(*q_BTHD.shape[:3], kv.v.shape[-1])
     lse = q_BTHD.new_full(q_BTHD.shape[:3], -torch.inf, dtype=torch.float32) if with_lse else None
-    for b in range(q_BTHD.shape[0]):
-        if tokens := min(q_BTHD.shape[1], int(kv.length[b])):
-            one = ctx._replace(positions=ctx.positions[b : b + 1])
-            q = q_BTHD[b : b + 1, -tokens:]
-            part, part_lse = prefill(q, kv.only(b), method, one, meter, window=window, with_lse=with_lse)
-            out[b, -tokens:] = part[0]
+    tokens = [min(q_BTHD.shape[1], end - start) for start, end in kv.known_spans()]
+    if window is None and all(tokens):
+        packed = torch.cat([q_BTHD[b, -t:] for b, t in enumerate(tokens)])
+        cu_seqlens = [0, *itertools.accumulate(tokens)]
+        part, part_lse = prefill_varlen(packed, cu_seqlens, kv, method, ctx, meter, with_lse=with_lse, backend=backend)
+        for b, (lo, hi) in enumerate(itertools.pairwise(cu_seqlens)):
+            out[b, lo - hi :] = part[lo:hi]
             if lse is not None and part_lse is not None:
-                lse[b, -tokens:] = part_lse[0]
+                lse[b, lo - hi :] = part_lse[lo:hi]
+        return out, lse
+    for b in range(q_BTHD.shape[0]):
+        if tokens[b]:
+            q = q_BTHD[b : b + 1, -tokens[b] :]
+            part, part_lse = prefill(
+                q, kv.only(b), method, _of_sequence(ctx, b), meter, window=window, with_lse=with_lse, backend=backend
+            )
+            out[b, -tokens[b] :] = part[0]
+            if lse is not None and part_lse is not None:
+                lse[b, -tokens[b] :] = part_lse[0]
     return out, lse
 
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from keysift.ops.heads import per_query_head
 from keysift.types import KV, BlockMask, Selection, Stats
+
+UNCOUNTED = 1 << 24  # rows of lists whose counts are kept until somebody asks
+
+
+class ReadBlocks(NamedTuple):
+    """How many blocks a mask lists; not which, for those lists are large."""
+
+    full: Tensor  # [B, H, Q]
+    partial: Tensor
+    block: int
+    start: int  # position of the first query block's first token
+    tokens: range  # query positions that were computed
 
 
 @dataclass
@@ -18,7 +31,9 @@ class Meter:
 
     measure_mass: bool = False
     measure_error: bool = False
-    pairs: list[float] = field(default_factory=lambda: [0.0, 0.0])  # prefill: read, causal
+    pairs: float = 0.0  # prefill: causal
+    pairs_read: float = 0.0  # and read
+    uncounted: list[ReadBlocks] = field(default_factory=list)  # of masks that nobody has waited for yet
     keys: list[float] = field(default_factory=lambda: [0.0, 0.0])  # decode: read, cached
     bytes_read: float = 0.0  # decode
     queries: Counter[int] = field(default_factory=Counter)  # decode: by layer
@@ -26,7 +41,8 @@ class Meter:
     errors: dict[str, list[Tensor]] = field(default_factory=lambda: {"prefill": [], "decode": []})
 
     def stats(self) -> Stats:
-        density, kept = (read / total if total else None for read, total in (self.pairs, self.keys))
+        self._count()
+        density, kept = (read / total if total else None for read, total in ((self.pairs_read, self.pairs), self.keys))
         steps = max(self.queries.values(), default=0)
         per_step = self.bytes_read / steps if steps else None
         mass, prefill, decode = (_mean(x) for x in (self.mass, self.errors["prefill"], self.errors["decode"]))
@@ -34,18 +50,26 @@ class Meter:
 
     def add_mask(self, mask: BlockMask, tokens: range, heads: int, batch: int) -> None:
         """Count the pairs that ``mask`` reads for the query positions ``tokens``."""
-        start = torch.arange(mask.full_count.shape[2]) * mask.block + mask.rows().start
-        queries = (start + mask.block).clamp(max=tokens.stop) - start.clamp(min=tokens.start)
-        on_diagonal = (start.clamp(min=tokens.start) - start) * queries + queries * (queries + 1) // 2
-        full, partial = mask.full_count.sum((0, 1)).cpu(), mask.partial_count.sum((0, 1)).cpu()
-        self.pairs[0] += float((full * mask.block * queries + partial * on_diagonal).sum())
-        self.pairs[1] += batch * heads * _causal_pairs(tokens)
+        self.uncounted.append(ReadBlocks(mask.full_count, mask.partial_count, mask.block, mask.rows().start, tokens))
+        self.pairs += batch * heads * _causal_pairs(tokens)
+        if sum(read.full.numel() for read in self.uncounted) > UNCOUNTED:
+            self._count()
+
+    def _count(self) -> None:
+        """Add up the masks so far, which waits for the devices they are on."""
+        for read in self.uncounted:
+            start = torch.arange(read.full.shape[2]) * read.block + read.start
+            queries = (start + read.block).clamp(max=read.tokens.stop) - start.clamp(min=read.tokens.start)
+            on_diagonal = (start.clamp(min=read.tokens.start) - start) * queries + queries * (queries + 1) // 2
+            full, partial = read.full.sum((0, 1)).cpu(), read.partial.sum((0, 1)).cpu()
+            self.pairs_read += float((full * read.block * queries + partial * on_diagonal).sum())
+        self.uncounted.clear()
 
     def add_dense(self, tokens: range, heads: int, batch: int) -> None:
         """Count a dense prefill of the query positions ``tokens``."""
         pairs = batch * heads * _causal_pairs(tokens)
-        self.pairs[0] += pairs
-        self.pairs[1] += pairs
+        self.pairs_read += pairs
+        self.pairs += pairs
         if self.measure_mass:
             self.mass.append(torch.ones(1))
         if self.measure_error:
@@ -74,7 +98,7 @@ class Meter:
 
 
 def _mean(parts: list[Tensor]) -> float | None:
-    return float(torch.cat(parts).mean()) if parts else None
+    return float(torch.cat([x.cpu() for x in parts]).mean()) if parts else None
 
 
 def _causal_pairs(tokens: range) -> int:

@@ -1,185 +1,299 @@
-"""FlexPrefill's search for the key blocks that a prompt reads (arXiv:2502.20766): ours, and the authors' to the letter.
+"""Our search for the key blocks that a prompt reads: FlexPrefill (arXiv:2502.20766) with a gamma that is kept.
 
-The last block of queries shows each head's pattern. Where its attention, pooled in blocks, looks like the attention of
-pooled queries and keys, the head is query-aware and each row of blocks is chosen by pooled scores; else the columns and
-diagonals that carry the last block's mass are kept for all rows.
+The authors judge all rows of a head by its last block of queries and count gamma in tokens. Here a few query rows of
+every block are attended to exactly and summed by key block. The blocks with the most mass are kept, down to one
+threshold a head. The threshold is the highest at which rows that had no say in the choice are covered to gamma: each
+half of the sampled rows chooses for the other half, or, where one row a strip is all that time allows, its neighbours
+choose for it.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from keysift.ops.heads import group
-from keysift.ops.select import cover, top_k
-from keysift.ops.vertical_slash import block_sum, last_queries_attention, vertical_slash_blocks, vertical_slash_mass
+from keysift.ops.dense import keys_values
+from keysift.ops.lists import block_lists
+from keysift.ops.vertical_slash import block_sum
+from keysift.types import KV, BlockMask
+
+ROWS = 4096  # query rows that are looked at, about
+FULL_KEYS = 1 << 15  # with more keys fewer rows are looked at, so that rows times keys stay the same
+MOST_ROWS = 32  # of one block
+MOST_STRIPS = 768  # beyond, strips get wider than a block
+MOST_STRIPS_OF_LONG = 576  # ... where there are more keys than LONG
+LONG = 1 << 19
+LAST_ROWS = 32
+STRIKING = 1 / 16  # a block that gets so much of the attention of one of the last rows is kept for all rows ...
+STRIKING_BLOCKS = 3  # ... if it is also so many times what a block gets on average
+NEAR = 64  # blocks from the diagonal within which distance says as much as the column does
+NEIGHBOURS = 0.5  # the strips before and behind count together as so many rows of one's own
+OCTAVES = 16  # thresholds go down so far from 1, in eighths
+ROW_SLACK = 0.05  # a row of blocks may be covered by so much less than gamma, where others are covered by more
+COARSE_BITS = 16  # a row's own cutoff is rounded down to so many bits less than a float has
+CALIBRATING_ROWS = 256  # strips are passed over where more rows or halves of strips than these would be held out
 
 
-class PooledRows(NamedTuple):
-    """Query-aware rows, by pooled scores: ``cover`` row by row when the rows are asked for."""
+class Sampling(NamedTuple):
+    """Which query rows are looked at: ``per`` rows of every strip of so many tokens.
 
-    q: Tensor  # pooled queries, [B, Q, H, D], from query block `first`
-    k: Tensor  # pooled keys, [B, C, K, D]
-    scale: float
-    gamma: float
-    least: int
-    most: int | None
+    Attributes:
+        first: position of the first query.
+        keys: number of keys; the last query's position plus one.
+        block: tokens a block.
+        strip: tokens a strip: a block or, in quarters of one, more; aligned to position 0.
+        per: rows a strip, a power of two; 1 where a strip is wider than a block.
+    """
+
     first: int
+    keys: int
+    block: int
+    strip: int
+    per: int
 
-    def active(self, blocks: range) -> Tensor:
-        score = _scores(self.q[:, blocks.start - self.first : blocks.stop - self.first], self.k, self.scale)
-        query = torch.arange(blocks.start, blocks.stop, device=score.device)[:, None]
-        causal = torch.arange(score.shape[-1], device=score.device) <= query
-        return cover(score.masked_fill(~causal, -torch.inf).softmax(-1), self.gamma, self.least, self.most) & causal
+    @classmethod
+    def of(cls, tokens: int, keys: int, block: int, rows: int | None = None) -> Sampling:
+        """About ``rows`` (default ``ROWS``) rows, fewer where keys are many: down to one a strip."""
+        first, strip = keys - tokens, block
+        most = MOST_STRIPS if keys <= LONG else MOST_STRIPS_OF_LONG
+        while -(-keys // strip) - first // strip > most:
+            strip += block // 4
+        strips = -(-keys // strip) - first // strip
+        rows = ROWS if rows is None else rows
+        rows = min(rows, rows * FULL_KEYS // keys)
+        return cls(first, keys, block, strip, min(MOST_ROWS, _power_of_two(rows // strips)) if strip == block else 1)
+
+    @property
+    def strips(self) -> range:
+        """Absolute numbers of the strips that hold queries."""
+        return range(self.first // self.strip, -(-self.keys // self.strip))
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.keys // self.block)
+
+    @property
+    def stride(self) -> int:
+        """Every how many strips the threshold is calibrated on."""
+        return max(1, len(self.strips) * min(self.per, 2) // CALIBRATING_ROWS)
+
+    @property
+    def striking(self) -> float:
+        """Share of a last row's attention from which on a block is kept for all rows."""
+        return max(STRIKING, STRIKING_BLOCKS / self.blocks)
+
+    @property
+    def tail(self) -> int:
+        """The last rows are all looked at, so many of them: in a prompt they ask the question."""
+        return min(LAST_ROWS, self.keys - self.first)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Positions of the sampled rows, evenly spread over a strip's queries with a fixed jitter, ``[S, per]``."""
+        strip = torch.arange(self.strips.start, self.strips.stop, device=device)[:, None]
+        sample = torch.arange(self.per, device=device)
+        lo, hi = (strip * self.strip).clamp(min=self.first), ((strip + 1) * self.strip).clamp(max=self.keys)
+        jitter = ((strip * self.per + sample) * 2654435761 & 0xFFFFFFFF) >> 16
+        return lo + (sample * 65536 + jitter) * (hi - lo) // (self.per * 65536)
+
+    def row_blocks(self, device: torch.device) -> Tensor:
+        """Block of each strip's last sampled row, ``[S]``."""
+        return self.positions(device)[:, -1] // self.block
+
+    def strip_of(self, block: Tensor) -> Tensor:
+        """Strip in which the middle of each query block lies, counted from the first that holds queries."""
+        middle = (block * self.block + self.block // 2).clamp(self.first, self.keys - 1)
+        return middle // self.strip - self.strips.start
 
 
-class ChosenRows(NamedTuple):
-    """Query-aware rows that were chosen all at once, bool ``[B, H, C, C]``."""
-
-    chosen: Tensor
-
-    def active(self, blocks: range) -> Tensor:
-        return self.chosen[:, :, blocks.start : blocks.stop]
+def _power_of_two(n: int) -> int:
+    """The largest power of two up to ``n``, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 class FlexPlan(NamedTuple):
     """The search's result, from which the blocks of any row follow.
 
     Attributes:
-        vertical, slash: chosen key blocks and block diagonals, bool ``[B, H, C]``.
-        query_aware: heads whose rows are chosen by pooled scores, bool ``[B, H]``.
-        rows: how those heads' blocks are chosen; None if no head is query-aware.
+        mass: share of attention by key block, mean over a strip's sampled rows, fp32 ``[B, H, S, C]``; unspecified
+            after the block of the rows.
+        last: largest share that one of the last rows gives to each key block, fp32 ``[B, H, C]``.
+        threshold: estimated mass from which on a block is kept, fp32 ``[B, H]``; 0 keeps all.
+        sampling: which rows were looked at.
+        gamma: share of attention mass to cover.
+        least, most: bounds on the blocks that a row of blocks reads.
+        backend: "triton" or "reference".
     """
 
-    vertical: Tensor
-    slash: Tensor
-    query_aware: Tensor
-    rows: PooledRows | ChosenRows | None
+    mass: Tensor
+    last: Tensor
+    threshold: Tensor
+    sampling: Sampling
+    gamma: float
+    least: int
+    most: int | None
+    backend: str
 
     def active(self, blocks: range) -> Tensor:
-        """The blocks of the query blocks at positions ``blocks``, bool ``[B, H, len(blocks), C]``."""
-        active = vertical_slash_blocks(self.vertical, self.slash, blocks)
-        if self.rows is None:
-            return active
-        return active | (self.rows.active(blocks) & self.query_aware[..., None, None])
+        """The blocks of the query blocks at positions ``blocks``, bool ``[B, H, len(blocks), C]`` (reference)."""
+        index = torch.arange(blocks.start, blocks.stop, device=self.mass.device)
+        strip = self.sampling.strip_of(index)
+        estimate = _estimate(self.mass, self.mass, self.sampling.per, self.sampling, strip, index)
+        column = torch.arange(estimate.shape[-1], device=self.mass.device)
+        diagonal, before = column == index[:, None], column < index[:, None]
+        # of blocks without mass the latest come first
+        score = (estimate + 1e-30 * (column + 1)) * (before | diagonal)
+        striking = (self.last >= self.sampling.striking)[:, :, None] & before
+        score = torch.where(striking, 1 + self.last[:, :, None], score).masked_fill(diagonal, torch.inf)
+        ordered, order = score.sort(-1, descending=True)
+        share = estimate.gather(-1, order) * (ordered > 0)
+        short = (share.cumsum(-1) - share) < (self.gamma - ROW_SLACK) * share.sum(-1, keepdim=True)
+        rank = column.expand_as(ordered)
+        needed = ordered.masked_fill(~(short | (rank < self.least)) | (ordered <= 0), torch.inf).amin(-1, keepdim=True)
+        coarse = (needed.view(torch.int32) >> COARSE_BITS << COARSE_BITS).view(torch.float32)
+        cutoff = self.threshold[..., None, None]
+        kept = ordered >= torch.where(needed < cutoff, coarse, cutoff)
+        if self.most is not None:
+            kept &= rank < self.most
+        return torch.zeros_like(kept).scatter_(-1, order, kept & (ordered > 0))
+
+    def lists(self, blocks: range) -> BlockMask:
+        """The same as lists."""
+        if self.backend == "triton":
+            from keysift.ops.flex_lists_triton import chosen_lists
+
+            return chosen_lists(self, blocks)
+        return block_lists(self.active(blocks), self.sampling.block, blocks.start)
 
 
 def flex_search(
-    q_BTHD: Tensor, k_BNKD: Tensor, scale: float, gamma: float, tau: float, least: int, most: int | None, block: int
+    q_BTHD: Tensor,
+    kv: KV,
+    scale: float,
+    gamma: float,
+    least: int,
+    most: int | None,
+    block: int,
+    rows: int | None = None,
+    backend: str = "auto",
 ) -> FlexPlan:
-    """FlexPrefill's search, mended: gamma is a share of block mass, and every row keeps its sink and diagonal blocks.
+    """Find out where the attention of the last T positions goes, from a few exact rows of every block of queries.
 
     Args:
-        q_BTHD: queries of the last T positions.
-        k_BNKD: keys of all N positions.
-        scale: factor on q.k, in the search too.
-        gamma: attention mass to cover, by columns and by diagonals of the last queries, by rows in query-aware heads.
-        tau: a head is query-aware if the Jensen-Shannon distance between pooled and true attention is below this.
-        least, most: bounds on the columns, on the diagonals and on a query-aware row, in blocks.
+        q_BTHD: queries of the last T positions, any float dtype.
+        kv: keys of all N positions, one length for all sequences; values are not read.
+        scale: factor on q.k.
+        gamma: share of attention mass to cover, mean over a head's query rows; no row of blocks is covered to less than
+            gamma - 0.05 of its estimate.
+        least, most: bounds on the blocks that a row of blocks reads; the diagonal block is always among them.
         block: tokens a block.
+        rows: query rows to look at, about, by default ``ROWS``; fewer with more than 32K keys.
+        backend: "triton", "reference", or "auto": Triton where there is a CUDA device and Triton.
     """
-    return flex_search_reference(q_BTHD, k_BNKD, scale, gamma, tau, least, most, block)
+    sampling = Sampling.of(q_BTHD.shape[1], _keys(kv), block, rows)
+    if backend == "triton" or backend == "auto" and q_BTHD.is_cuda and q_BTHD.shape[-1] <= 256 and triton_available():
+        from keysift.ops.flex_search_triton import search
+
+        mass, last, threshold = search(q_BTHD, kv, scale, gamma, sampling)
+        return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "triton")
+    mass, last, threshold = flex_search_reference(q_BTHD, kv, scale, gamma, sampling)
+    return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "reference")
 
 
 def flex_search_reference(
-    q_BTHD: Tensor, k_BNKD: Tensor, scale: float, gamma: float, tau: float, least: int, most: int | None, block: int
-) -> FlexPlan:
-    """fp32."""
-    tokens, keys = q_BTHD.shape[1], k_BNKD.shape[1]
-    last_q = q_BTHD[:, -block:]
-    vertical_mass, slash_mass = vertical_slash_mass(last_q, k_BNKD, scale, block)
-    pooled_k = pool(k_BNKD, block, 0)
-    estimate = _scores(last_q.float().mean(1, keepdim=True), pooled_k, scale)[:, :, 0].softmax(-1)
-    query_aware = jensen_shannon_distance(estimate, vertical_mass) < tau
-    rows = None
-    if bool(query_aware.any()):
-        pooled_q = pool(q_BTHD, block, (keys - tokens) % block)
-        rows = PooledRows(pooled_q, pooled_k, scale, gamma, least, most, (keys - tokens) // block)
-    wide = ~query_aware[..., None]
-    vertical = cover(vertical_mass, gamma, least, most) & wide
-    slash = cover(slash_mass, gamma, least, most) & wide
-    vertical[..., 0] = True
-    slash[..., 0] = True
-    return FlexPlan(vertical, slash, query_aware, rows)
+    q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass by strip and key block, that of the last rows, and each head's threshold, in fp32 (see ``FlexPlan``)."""
+    k = keys_values(kv)[0]
+    rows = _row_mass(q_BTHD, k, scale, sampling, sampling.positions(k.device))
+    tail = torch.arange(sampling.keys - sampling.tail, sampling.keys, device=k.device)
+    last = _row_mass(q_BTHD, k, scale, sampling, tail[:, None]).amax((2, 3))
+    mass, striking = rows.mean(3), last >= sampling.striking
+    picked = torch.arange(0, mass.shape[2], sampling.stride, device=mass.device)
+    at = sampling.row_blocks(mass.device)[picked]
+    if sampling.per == 1:
+        chosen_by = _estimate(mass, mass, 0, sampling, picked, at)
+        return mass, last, _threshold(chosen_by, mass[:, :, picked], at, striking, gamma)
+    halves = rows[:, :, :, 0::2].mean(3), rows[:, :, :, 1::2].mean(3)
+    thresholds = [
+        _threshold(
+            _estimate(mass, a, sampling.per // 2, sampling, picked, at),
+            b[:, :, picked],
+            at,
+            last >= sampling.striking,
+            gamma,
+        )
+        for a, b in (halves, halves[::-1])
+    ]
+    return mass, last, torch.minimum(*thresholds)
 
 
-def flex_search_seed(
-    q_BNHD: Tensor, k_BNKD: Tensor, gamma: float, tau: float, least: int, most: int | None, block: int
-) -> FlexPlan:
-    """FlexPrefill's search as its authors' code has it, faults included: the same block sets.
+def _row_mass(q_BTHD: Tensor, k_BNKD: Tensor, scale: float, sampling: Sampling, position: Tensor) -> Tensor:
+    """Exact share of attention by key block of the rows at ``position`` (``[S, per]``), ``[B, H, S, per, C]``."""
+    group = q_BTHD.shape[2] // k_BNKD.shape[2]
+    key = torch.arange(k_BNKD.shape[1], device=k_BNKD.device)
+    heads = []
+    for h in range(q_BTHD.shape[2]):
+        q = q_BTHD[:, (position - sampling.first).flatten(), h].float()
+        score = torch.einsum("brd,bnd->brn", q, k_BNKD[:, :, h // group].float()) * scale
+        weight = score.masked_fill(key > position.flatten()[:, None], -torch.inf).softmax(-1)
+        heads.append(block_sum(weight, sampling.block).unflatten(1, position.shape))
+    return torch.stack(heads, 1)
 
-    Its budgets count tokens as if they lay side by side, in blocks of 128 whatever the block; it scales by
-    1 / sqrt(D) always; an underflow in the pattern test means vertical-slash; query-aware rows may end up empty and
-    know no upper bound. Query and key lengths must be equal.
+
+def _estimate(mass: Tensor, own: Tensor, rows: int, sampling: Sampling, strip: Tensor, block: Tensor) -> Tensor:
+    """Mass of the query blocks ``block``, which lie in the strips ``strip``, ``[B, H, len(block), C]``.
+
+    ``own`` is what ``rows`` rows of the strip itself saw; the strips beside it count together as ``NEIGHBOURS`` rows.
     """
-    keys, dim = k_BNKD.shape[1:4:2]
-    if q_BNHD.shape[1] != keys:
-        raise ValueError(f"mode=seed needs as many queries as keys, got {q_BNHD.shape[1]} and {keys}: use mode=default")
-    blocks, scale = -(-keys // block), dim**-0.5
-    weight = last_queries_attention(q_BNHD[:, -block:], k_BNKD, scale)
-    by_column, by_offset = weight.mean(2), _mean_by_offset(weight)
-    most = blocks if most is None else most
-    vertical_mass = block_sum(by_column, block)
-    slash_mass = block_sum(by_offset.flip(-1), block).flip(-1)
-
-    pooled_k = pool(k_BNKD, block, 0)
-    estimate = _scores(q_BNHD[:, -block:].float().mean(1, keepdim=True), pooled_k, scale)[:, :, 0].softmax(-1)
-    middle = (estimate + vertical_mass) / 2
-    divergence = (estimate * (estimate / middle).log() + vertical_mass * (vertical_mass / middle).log()).sum(-1) / 2
-    query_aware = divergence.sqrt() < tau  # NaN compares false
-
-    vertical_mass[..., 0] = slash_mass[..., 0] = torch.inf
-    num_vertical = _seed_rank(by_column, gamma).clamp(least, most)
-    num_slash = _seed_rank(by_offset, gamma).clamp(least, most)
-    vertical = top_k(vertical_mass, num_vertical.masked_fill(query_aware, least))
-    slash = top_k(slash_mass, num_slash.masked_fill(query_aware, least))
-    rows = None
-    if bool(query_aware.any()):
-        score = _scores(pool(q_BNHD, block, 0), pooled_k, scale)
-        causal = torch.ones(blocks, blocks, dtype=torch.bool, device=score.device).tril()
-        share = score.masked_fill(~causal, -torch.inf).softmax(-1)
-        ordered, order = torch.sort(share.flatten(2), dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(ordered, dtype=torch.bool).scatter_(-1, order, ordered.cumsum(-1) <= gamma * blocks)
-        rows = ChosenRows(kept.unflatten(-1, (blocks, blocks)) & causal)
-    return FlexPlan(vertical, slash, query_aware, rows)
+    at = sampling.row_blocks(mass.device)
+    beside = torch.zeros_like(mass[:, :, strip])
+    number = torch.zeros_like(strip)
+    for step in (-1, 1):
+        there = strip + step
+        exists = (there >= 0) & (there < mass.shape[2])
+        there = there.clamp(0, mass.shape[2] - 1)
+        beside += _seen_from(mass[:, :, there], at[there], block) * exists[:, None]
+        number += exists
+    itself = _seen_from(own[:, :, strip], at[strip], block)
+    if mass.shape[2] == 1:
+        return itself
+    return (rows * itself + NEIGHBOURS * beside / number[:, None]) / (rows + NEIGHBOURS)
 
 
-def pool(x_BTHD: Tensor, block: int, skip: int) -> Tensor:
-    """Mean of each block's tokens, fp32 ``[B, Q, H, D]``; a block that is not full is divided by the tokens it has.
-
-    The first block starts ``skip`` tokens before the first token.
-    """
-    tokens = x_BTHD.shape[1]
-    blocks = -(-(tokens + skip) // block)
-    padded = F.pad(x_BTHD.float(), (0, 0, 0, 0, skip, blocks * block - skip - tokens))
-    edge = torch.arange(blocks + 1, device=x_BTHD.device) * block - skip
-    held = edge[1:].clamp(max=tokens) - edge[:-1].clamp(min=0)
-    return padded.unflatten(1, (blocks, block)).sum(2) / held[:, None, None]
+def _seen_from(row: Tensor, at: Tensor, block: Tensor) -> Tensor:
+    """What rows of the blocks ``at`` say of those of ``block``: by column and, near the diagonal, by distance to it."""
+    column = torch.arange(row.shape[-1], device=row.device)
+    known = row * (column <= at[:, None])
+    moved = column - (block - at)[:, None]
+    shifted = known.gather(-1, moved.clamp(0, row.shape[-1] - 1).expand_as(known)) * (
+        (moved >= 0) & (moved < row.shape[-1])
+    )
+    return torch.where(column > (block - NEAR)[:, None], (known + shifted) / 2, known)
 
 
-def jensen_shannon_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Square root of the Jensen-Shannon divergence (natural log) over the last dimension."""
-    middle = (p + q) / 2
-    halves = [torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (p, q)]
-    return ((halves[0] + halves[1]).sum(-1) / 2).clamp(min=0).sqrt()
+def _threshold(estimate: Tensor, held_out: Tensor, block: Tensor, striking: Tensor, gamma: float) -> Tensor:
+    """The highest threshold on ``estimate`` at which ``held_out`` rows are covered to gamma, ``[B, H]``."""
+    column = torch.arange(estimate.shape[-1], device=estimate.device)
+    striking = striking[:, :, None] & (column < block[:, None])
+    always = (held_out * (striking | (column == block[:, None]))).sum(-1).mean(-1)
+    candidate = held_out * (~striking & (column < block[:, None]))
+    result = torch.zeros_like(always)
+    for k in reversed(range(8 * OCTAVES + 1)):
+        threshold = 2.0 ** (-k / 8)
+        covered = always + (candidate * (estimate >= threshold)).sum(-1).mean(-1)
+        result = torch.where(covered >= gamma, threshold, result)
+    return result
 
 
-def _scores(pooled_q_BQHD: Tensor, pooled_k_BCKD: Tensor, scale: float) -> Tensor:
-    q = group(pooled_q_BQHD, pooled_k_BCKD.shape[2], 2)
-    return torch.einsum("bqkgd,bckd->bkgqc", q, pooled_k_BCKD).flatten(1, 2) * scale
+def _keys(kv: KV) -> int:
+    spans = {end - start for start, end in kv.known_spans()}
+    assert len(spans) == 1, "ragged view"
+    return spans.pop()
 
 
-def _mean_by_offset(weight_BHRN: Tensor) -> Tensor:
-    """Mean over the last R queries of the weight at each distance, ``[B, H, N]``."""
-    rows, keys = weight_BHRN.shape[-2:]
-    position = torch.arange(keys - rows, keys, device=weight_BHRN.device)[:, None]
-    at = position - torch.arange(keys, device=weight_BHRN.device)
-    return (weight_BHRN.gather(-1, at.clamp(min=0).expand_as(weight_BHRN)) * (at >= 0)).mean(2)
-
-
-def _seed_rank(x: Tensor, gamma: float) -> Tensor:
-    """Tokens that reach gamma when sorted, as blocks of 128 side by side."""
-    return (x.sort(-1, descending=True).values.cumsum(-1) <= gamma).sum(-1).add(1) // 128 + 1
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
