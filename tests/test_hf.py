@@ -45,7 +45,11 @@ def generate(model, inputs, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("pads", [(0,), RAGGED, (13,), (13, 13)], ids=["batch-1", "ragged", "padded-1", "padded-2"])
+@pytest.mark.parametrize(
+    "pads",
+    [(0,), RAGGED, (13,), pytest.param((13, 13), marks=pytest.mark.slow)],
+    ids=["batch-1", "ragged", "padded-1", "padded-2"],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -175,7 +179,7 @@ def test_dense_logits_with_padding_on_the_right_are_those_of_sdpa():
         assert close(out[b, : 70 - pads], expected[b, : 70 - pads])
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 69, 149])
+@pytest.mark.parametrize("chunk", [16, *(pytest.param(c, marks=pytest.mark.slow) for c in (64, 69)), 149])
 @pytest.mark.parametrize("decode", ["dense", *SPARSE_DECODE])
 @pytest.mark.parametrize("prefill", ["dense", "streaming:sinks=2,window=16,block=16"])
 def test_generation_from_chunks_equals_generation_from_the_whole_prompt(prefill, decode, chunk):

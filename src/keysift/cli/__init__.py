@@ -1,4 +1,4 @@
-"""The command line: ``keysift generate | eval | inspect | methods | info``, one file a command.
+"""The command line: ``keysift generate | eval | inspect | bench | methods | info``, one file a command.
 
 This file holds the app and the error boundary: whatever the user got wrong ends as one line on standard error
 and exit code 2. Results go to standard output, everything else to standard error.
@@ -15,8 +15,8 @@ import torch
 import typer
 
 from keysift import __version__
+from keysift.cli import bench, generate, info, inspect, methods
 from keysift.cli import eval as evaluation
-from keysift.cli import generate, info, inspect, methods
 
 app = typer.Typer(
     name="keysift",
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("generate")(generate.command)
 app.command("eval")(evaluation.command)
 app.command("inspect")(inspect.command)
+app.add_typer(bench.app, name="bench")
 app.command("methods")(methods.command)
 app.command("info")(info.command)
 

@@ -108,13 +108,15 @@ def backends() -> list[Backend]:
 
 
 def triton() -> Backend:
-    return optional("Triton", "sparse attention on CUDA", "triton", (8, 0), "comes with PyTorch's CUDA builds")
+    return optional(
+        "Triton", "prefill search and attention on CUDA", "triton", (8, 0), "comes with PyTorch's CUDA builds"
+    )
 
 
 def flash_attention_4() -> Backend:
     return optional(
         "FlashAttention 4",
-        "prefill on Hopper and newer",
+        "prefill attention on Hopper and newer",
         "flash-attn-4",
         (9, 0),
         "pip install 'keysift[hopper]'",
@@ -131,7 +133,7 @@ def optional(name: str, used_for: str, distribution: str, capability: tuple[int,
     elif installed(distribution) is None:
         reason = f"{distribution} is not installed: {remedy}"
     else:
-        reason = f"{distribution} {installed(distribution)} is here, but no kernel of this version uses it"
+        return Backend(name, used_for, True, f"{distribution} {installed(distribution)}")
     return Backend(name, used_for, False, reason)
 
 
