@@ -243,11 +243,11 @@ def test_flat_attention_needs_as_many_blocks_as_gamma_says():
 def test_a_threshold_that_no_step_is_low_enough_for_is_zero():
     held_out = torch.full((1, 1, 1, 4), 0.25)
     estimate, block = torch.full((1, 1, 1, 4), 2.0**-20), torch.tensor([3])
-    last = torch.zeros(1, 1, 4)
-    assert search._threshold(estimate, held_out, block, last, 0.9) == 0
-    assert search._threshold(estimate, held_out, block, last, 0.2) == 1
-    assert search._threshold(estimate + 0.1, held_out, block, last, 0.9) == 2 ** (-27 / 8)
-    assert search._threshold(estimate, held_out, block, last + 0.1, 0.9) == 1  # all kept anyway
+    striking = torch.zeros(1, 1, 4, dtype=torch.bool)
+    assert search._threshold(estimate, held_out, block, striking, 0.9) == 0
+    assert search._threshold(estimate, held_out, block, striking, 0.2) == 1
+    assert search._threshold(estimate + 0.1, held_out, block, striking, 0.9) == 2 ** (-27 / 8)
+    assert search._threshold(estimate, held_out, block, ~striking, 0.9) == 1  # all kept anyway
 
 
 # ---- gamma is kept, and at what price --------------------------------------------------------------------------------

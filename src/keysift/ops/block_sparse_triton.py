@@ -16,10 +16,8 @@ import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
-from triton.tools.tensor_descriptor import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
-    TensorDescriptor,
-)
 
+from keysift.ops.descriptors import tma_takes, token_tiles
 from keysift.types import KV, BlockMask
 
 BLOCKS = (16, 32, 64, 128)
@@ -242,7 +240,8 @@ def _launch(
         sequences = [s._replace(key_batch=0 if one_buffer else b) for b, s in enumerate(sequences)]
     page = 0 if kv.table is None else k.shape[1]
     tile_in_page = bool(page) and all(x % config.block_n == 0 for x in (page, *(s.key_row for s in sequences)))
-    tma = config.tma and (not page or tile_in_page) and all(_tma_takes(x) for x in (k, v))
+    alike = (k.stride(0) == 0) == (v.stride(0) == 0)  # one number addresses a sequence in both
+    tma = config.tma and alike and (not page or tile_in_page) and all(tma_takes(x) for x in (k, v))
     d_pad, dv_pad = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     table = _on_device([list(s) for s in sequences], torch.int64, q.device)
     order = owner = full_count = full_index = partial_count = partial_index = table  # unread where there are no lists
@@ -255,8 +254,8 @@ def _launch(
     with torch.cuda.device_of(q):  # a kernel starts on the current device
         _attend[(programs,)](
             q,
-            _descriptor(k, config.block_n, d_pad, one_buffer) if tma else k,
-            _descriptor(v, config.block_n, dv_pad, one_buffer) if tma else v,
+            token_tiles(k, config.block_n, d_pad) if tma else k,
+            token_tiles(v, config.block_n, dv_pad) if tma else v,
             out,
             lse if lse is not None else out,
             q.stride()[:3],
@@ -300,26 +299,12 @@ def _config(config: Config | None, block: int, k: Tensor, v: Tensor, paged: bool
         if config.block_n not in BLOCKS or config.block_n > block:
             raise ValueError(f"block_n={config.block_n}: choose {', '.join(str(n) for n in BLOCKS if n <= block)}")
         return config
-    tma = all(_tma_takes(x) for x in (k, v)) and not (paged and k.shape[1] % block)
+    tma = all(tma_takes(x) for x in (k, v)) and not (paged and k.shape[1] % block)
     if not k.is_cuda:
         return default_config(block, k.shape[-1], v.shape[-1], tma=tma)
     properties: Any = torch.cuda.get_device_properties(k.device)
     tma = tma and torch.version.cuda is not None and properties.major >= 9
     return default_config(block, k.shape[-1], v.shape[-1], properties.shared_memory_per_block_optin, tma)
-
-
-def _tma_takes(x: Tensor) -> bool:
-    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and x.numel() > 0 and all(s * x.element_size() % 16 == 0 for s in strides)
-
-
-def _descriptor(x: Tensor, rows: int, width: int, one_buffer: bool) -> TensorDescriptor:
-    """Tiles of ``rows`` tokens of one head. Heads come before tokens so that a tile's own dimensions are the last."""
-    batch, tokens, heads, dim = x.shape
-    strides = [x.stride(0), x.stride(2), x.stride(1), 1]
-    shape = [1 if one_buffer else batch, heads, tokens, dim]
-    strides = [s if size > 1 else 8 for s, size in zip(strides[:3], shape[:3], strict=True)] + [1]  # never walked
-    return TensorDescriptor(x, shape, strides, [1, 1, rows, width])
 
 
 def _on_device(x: list, dtype: torch.dtype, device: torch.device) -> Tensor:

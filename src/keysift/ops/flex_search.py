@@ -23,6 +23,7 @@ from keysift.types import KV, BlockMask
 ROWS = 4096  # query rows that are looked at, about
 FULL_KEYS = 1 << 15  # with more keys fewer rows are looked at, so that rows times keys stay the same
 MOST_ROWS = 32  # of one block
+ROWS_AT_ONCE = 128  # in the reference, whose scores then stay in the cache
 MOST_STRIPS = 768  # beyond, strips get wider than a block
 MOST_STRIPS_OF_LONG = 576  # ... where there are more keys than LONG
 LONG = 1 << 19
@@ -232,15 +233,18 @@ def flex_search_reference(
 
 def _row_mass(q_BTHD: Tensor, k_BNKD: Tensor, scale: float, sampling: Sampling, position: Tensor) -> Tensor:
     """Exact share of attention by key block of the rows at ``position`` (``[S, per]``), ``[B, H, S, per, C]``."""
-    group = q_BTHD.shape[2] // k_BNKD.shape[2]
-    key = torch.arange(k_BNKD.shape[1], device=k_BNKD.device)
-    heads = []
-    for h in range(q_BTHD.shape[2]):
-        q = q_BTHD[:, (position - sampling.first).flatten(), h].float()
-        score = torch.einsum("brd,bnd->brn", q, k_BNKD[:, :, h // group].float()) * scale
-        weight = score.masked_fill(key > position.flatten()[:, None], -torch.inf).softmax(-1)
-        heads.append(block_sum(weight, sampling.block).unflatten(1, position.shape))
-    return torch.stack(heads, 1)
+    batch, heads = q_BTHD.shape[0], q_BTHD.shape[2]
+    mass = k_BNKD.new_zeros(batch, heads, position.numel(), sampling.blocks, dtype=torch.float32)
+    for first, rows in enumerate(position.flatten().split(ROWS_AT_ONCE)):
+        keys = int(rows.max()) + 1
+        later = torch.arange(keys, device=rows.device) > rows[:, None]
+        at = slice(first * ROWS_AT_ONCE, first * ROWS_AT_ONCE + len(rows))
+        for h in range(heads):
+            k = k_BNKD[:, :keys, h // (heads // k_BNKD.shape[2])].float()
+            score = q_BTHD[:, rows - sampling.first, h].float() @ k.mT * scale
+            share = block_sum(score.masked_fill_(later, -torch.inf).softmax(-1), sampling.block)
+            mass[:, h, at, : share.shape[-1]] = share
+    return mass.unflatten(2, position.shape)
 
 
 def _estimate(mass: Tensor, own: Tensor, rows: int, sampling: Sampling, strip: Tensor, block: Tensor) -> Tensor:

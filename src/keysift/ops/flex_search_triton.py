@@ -338,7 +338,8 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
     rows_mass = torch.empty(batch, heads, rows, blocks * tiles, dtype=torch.float32, device=device)
     grid = (-(-blocks * tiles // KEY_TILES), -(-rows // tile), batch * kv_heads)
     d_pad = max(16, triton.next_power_of_2(dim))
-    tma = not paged and sampling.block >= 16 and tma_takes(k)
+    hopper = not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] >= 9
+    tma = hopper and not paged and tma_takes(k) and (k.stride(0) != 0 or batch == 1)
     _tile_mass[grid](
         q,
         token_tiles(k, key_tile, d_pad) if tma else k,
