@@ -60,6 +60,7 @@ def test_imports_point_one_way(path):
         assert foreign <= {"torch", *sys.stdlib_module_names} | ({"triton"} if of_triton(path) else set())
 
 
+@pytest.mark.slow
 def test_the_package_works_where_triton_is_missing():
     """Modules of kernels are imported when they are first needed, which without a GPU is never."""
     program = """

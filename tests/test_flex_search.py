@@ -480,6 +480,7 @@ def in_pages(k, starts, page, spare=2):
     return KV.on(pool, pool, [(start, start + keys) for start in starts], table.int().to(k.device))
 
 
+@pytest.mark.slow
 def test_keys_are_read_where_they_lie():
     """Behind NaN, in pages, from other rows in each sequence: the same plan, bit for bit."""
     q, k, options = of_shape((40, 90, 2, 1, 24, 32, 2, 0.8, 1, None))

@@ -102,6 +102,7 @@ def test_checkpoint_is_small_and_of_the_claimed_shape(model) -> None:
     assert record["eval"]["gpu"] and record["train"]["command"].startswith("python tools/train_pocket.py")
 
 
+@pytest.mark.slow
 def test_demo_questions_are_answered(model, tokenizer) -> None:
     document = (FOLDER / "demo.txt").read_text(encoding="utf-8")
     questions = json.loads((FOLDER / "demo.json").read_text())

@@ -70,6 +70,7 @@ def test_json_csv_and_table_agree(cli: Cli, base: list[object], here: Path) -> N
     ]  # digits of the same values, column by column
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_png_that_grows_with_the_heads(cli: Cli, base: list[object], here: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
 

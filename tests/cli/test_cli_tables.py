@@ -71,7 +71,6 @@ def test_info_names_versions_cores_and_backends(cli: Cli) -> None:
         (None, None, "sees no CUDA GPU"),
         ((8, 0), "4.0.0", "needs compute capability 9.0, this GPU has 8.0"),
         ((9, 0), None, "flash-attn-4 is not installed: pip install 'keysift[hopper]'"),
-        ((9, 0), "4.0.0", "no kernel of this version uses it"),
     ],
 )
 def test_info_gives_the_first_reason_against_a_backend(
@@ -83,6 +82,15 @@ def test_info_gives_the_first_reason_against_a_backend(
     backend = info.flash_attention_4()
     assert not backend.usable
     assert reason in backend.reason
+
+
+def test_info_calls_a_backend_usable_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(info, "installed", lambda distribution: "4.0.0")
+    assert info.flash_attention_4() == info.Backend(
+        "FlashAttention 4", "prefill attention on Hopper and newer", True, "flash-attn-4 4.0.0"
+    )
 
 
 def test_help_and_version_end_well(cli: Cli) -> None:
