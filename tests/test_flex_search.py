@@ -569,6 +569,17 @@ def test_gamma_one_and_short_prompts_are_dense():
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("least", [1, 4])
+def test_of_blocks_that_tie_at_the_bound_the_first_are_kept(least):
+    q, k = torch.zeros(1, 256, 1, 16), torch.ones(1, 256, 1, 16)
+    lists = [
+        flex_search(q, KV.of(k, k), 1.0, 0.9, least, 6, 16, backend=backend).lists(range(16)).active(16)
+        for backend in ("reference", "triton")
+    ]
+    assert torch.equal(*lists)
+    assert (lists[0].sum(-1) == torch.arange(1, 17).clamp(max=6)).all()
+
+
 class TestOnGpu:
     pytestmark = ON_GPU
 

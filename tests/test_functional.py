@@ -296,3 +296,16 @@ def test_options_of_the_wrong_type_are_refused(options, message):
 def test_flexprefill_options_out_of_bounds_are_refused(gamma, block):
     with pytest.raises(ValueError, match=f"{'gamma' if block == 128 else 'block'}="):
         keysift.flex_prefill_attention(Q, K, V, gamma=gamma, block_size=block)
+
+
+def test_packed_sequences_may_be_empty():
+    q, k, v = (x[0] for x in structured_qkv(300))
+    out = keysift.prefill_attention_varlen(q, k, v, [0, 0, 300], [0, 0, 300], "flexprefill:gamma=0.8,block=16")
+    assert torch.equal(out, keysift.prefill_attention(q[None], k[None], v[None], "flexprefill:gamma=0.8,block=16")[0])
+
+
+@pytest.mark.parametrize("rows", [5, [0, None, 300], ["a", "b"], [0, 100.7, 300], torch.tensor(300)], ids=str)
+def test_boundaries_that_are_no_integers_are_refused(rows):
+    q, k, v = (x[0] for x in structured_qkv(300))
+    with pytest.raises(ValueError, match="cu_seqlens_q="):
+        keysift.prefill_attention_varlen(q, k, v, rows, [0, 300])

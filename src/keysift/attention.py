@@ -17,7 +17,7 @@ from keysift.ops.gather import gather_attention
 from keysift.ops.merge import merge
 from keysift.types import KV, BlockMask, Ctx, Decode, Prefill, Selection
 
-LIST_BYTES = 1 << 28  # block lists and the masks they are made of exist for so many bytes at a time
+LIST_BYTES = 1 << 28  # block lists of a sequence, and the masks they are made of, exist for so many bytes at a time
 
 
 def prefill(
@@ -133,9 +133,11 @@ def _of_sequence(ctx: Ctx, b: int) -> Ctx:
 
 def _whole_mask(q_BTHD: Tensor, kv: KV, method: Prefill, ctx: Ctx, meter: Meter) -> BlockMask | None:
     """The mask of all queries of a sequence, counted; None where it is dense, has none, or would take several masks."""
+    if not q_BTHD.shape[1]:
+        return None
     start, end = kv.known_spans()[0]
     chunks = _chunks(range(end - start - q_BTHD.shape[1], end - start), method.block, q_BTHD.shape[2])
-    if not q_BTHD.shape[1] or len(chunks) > 1 or ctx.layer in method.dense_layers or meter.measure_error:
+    if len(chunks) > 1 or ctx.layer in method.dense_layers or meter.measure_error:
         return None
     plan = method.plan(q_BTHD, kv, ctx)
     if plan is None:

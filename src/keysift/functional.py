@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -51,7 +52,8 @@ def prefill_attention(
         return_stats: also return ``Stats``, last: ``density``, and ``mass_covered`` if ``measure_mass``.
         measure_mass: measure the attention mass on the kept blocks, on up to 64 query rows (costs dense rows).
         check: look for NaN and inf in q and k on other devices than the CPU too, where it waits for the device.
-        backend: of the attention: "fa4", "triton", "sdpa", or "auto" for the fastest that takes the case.
+        backend: of attention over blocks: "fa4", "triton", "sdpa", or "auto" for the fastest that takes the case; what
+            is read densely takes the fastest dense attention.
 
     Returns:
         Output in q's dtype, ``[B, Tq, Hq, Dv]``; with ``return_lse`` or ``return_stats`` a tuple.
@@ -240,9 +242,10 @@ def flex_prefill_attention(
 
 def _boundaries(name: str, cu_seqlens: Sequence[int], total: int) -> list[int]:
     """Rows at which packed sequences begin, checked."""
-    if not hasattr(cu_seqlens, "__iter__"):
-        raise ValueError(f"cu_seqlens_{name} is a {type(cu_seqlens).__name__}: pass the rows at which sequences begin")
-    rows = [int(row) for row in cu_seqlens]
+    try:
+        rows = [operator.index(row) for row in cu_seqlens]
+    except TypeError:
+        raise ValueError(f"cu_seqlens_{name}={cu_seqlens}: pass the rows at which sequences begin, integers") from None
     if len(rows) < 2 or rows[0] != 0 or rows[-1] != total or any(a > b for a, b in itertools.pairwise(rows)):
         raise ValueError(f"cu_seqlens_{name}={rows}: must rise from 0 to the {total} tokens of {name}")
     return rows

@@ -23,7 +23,8 @@ class KV(NamedTuple):
         start: first row of the view, int64 ``[B]``.
         length: rows in the view, int64 ``[B]``; may be 0.
         spans: start and end of every sequence where the host knows them, so that nobody waits for the device to tell.
-        table: page of each ``page`` consecutive rows of a sequence, int32 ``[B, P]``; None where rows lie in one piece.
+        table: page of each ``page`` consecutive rows of a sequence, contiguous int32 ``[B, P]``; None where rows lie in
+            one piece.
     """
 
     k: Tensor
@@ -44,6 +45,7 @@ class KV(NamedTuple):
         known = tuple(spans)
         start = torch.tensor([s for s, _ in known], dtype=torch.int64)
         end = torch.tensor([e for _, e in known], dtype=torch.int64)
+        table = None if table is None else table.contiguous()
         return cls(k, v, _to(start, k.device), _to(end - start, k.device), known, table)
 
     def known_spans(self) -> tuple[tuple[int, int], ...]:
@@ -100,7 +102,7 @@ class BlockMask(NamedTuple):
     Attributes:
         partial_count, full_count: entries in use, int32 ``[B, H, Q]``.
         partial_index, full_index: key blocks in ascending order, int32 ``[B, H, Q, *]``; unused
-            entries are 0.
+            entries are unspecified.
         block: tokens a block.
         first: block position of query block 0; query and key blocks are aligned, so block ``i`` holds positions
             ``i * block .. (i + 1) * block - 1`` on both sides.

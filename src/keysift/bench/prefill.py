@@ -308,6 +308,8 @@ def _fill(row: Row, setup: Setup, work: Work, baseline: Row | None) -> None:
         chunks = f"{read_all} of {len(lists)} chunks" if len(lists) > 1 else "the prompt"
         row.reason = f"the method reads {chunks} densely"
         row.status = "dense" if read_all == len(lists) else "ok"
+        if row.status == "dense":
+            row.kernel = _kernel(work.chunks[-1], DENSE, "auto")
     row.relative_error, wrong = _check(work, lists, setup)
     if wrong:
         row.status, row.reason = "wrong", wrong

@@ -26,7 +26,7 @@ class Method(PrefillMethod):
     tau: float = option(0.1, "mode=seed: a head closer than this to its pooled estimate is query-aware", low=0)
     min_budget: int | None = option(None, "keys at least, of each block of queries", low=0)
     max_budget: int | None = option(None, "keys at most, of each block of queries", low=1)
-    rows: int = option(ROWS, "query rows that the search looks at, about; fewer with more than 32K keys", low=1)
+    rows: int = option(ROWS, "query rows of a chunk that the search looks at, about; fewer beyond 32K keys", low=1)
     dense_below: int | None = option(
         None,
         "shorter prompts are read densely; none: where that was measured to be faster, not with mode=seed",

@@ -73,7 +73,8 @@ def _read(path: Path) -> dict[str, dict[str, int]]:
         table = json.loads(path.read_text(encoding="utf-8"))
         for shapes in table.values():
             for name, tokens in shapes.items():
-                int(name.split("/")[0]), int(tokens)
+                int(name.split("/")[0])  # as `dense_below` reads it
+                shapes[name] = int(tokens)
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
     return table

@@ -3,20 +3,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
+from keysift.ops import flex_search
+from keysift.ops.flex_search import FlexPlan
 from keysift.ops.flex_search_triton import beside, row_block, seen_from, warps, with_near
 from keysift.types import BlockMask
 
-if TYPE_CHECKING:
-    from keysift.ops.flex_search import FlexPlan
-
-FIRST_OF_NONE = tl.constexpr(1e-30)
-COARSE = tl.constexpr(16)  # a row's own cutoff is found to so many bits less than a float has
+FIRST_OF_NONE = tl.constexpr(flex_search.FIRST_OF_NONE)
+COARSE = tl.constexpr(flex_search.COARSE_BITS)
 
 
 @triton.jit
@@ -73,9 +70,13 @@ def _chosen(
         score = tl.where((share_of_last >= striking) & (column < block), 1 + share_of_last, score)
         score = tl.where(column == block, float("inf"), score)
         cutoff = _cutoff(score, estimate, highest, wanted * tl.sum(estimate), tl.minimum(least, block + 1))
+        kept = score >= cutoff
         if LIMITED:
-            cutoff = _not_above(score, cutoff, most)
-        kept = (score >= cutoff) & (column < block)
+            above, tied = _limits(score, cutoff, most)
+            ties = (score >= tied) & (score < above)
+            room = most - tl.sum((score >= above).to(tl.int32))
+            kept &= (score >= above) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
+        kept &= column < block
         slot = tl.cumsum(kept.to(tl.int32), 0) - 1
         out = bh * rows + row
         tl.store(index + out * slots + slot, column, mask=kept)
@@ -99,10 +100,10 @@ def _cutoff(score, estimate, cutoff, share, least):
 
 
 @triton.jit
-def _not_above(score, cutoff, most):
-    """``cutoff``, or the lowest that leaves at most ``most`` blocks."""
+def _limits(score, cutoff, most):
+    """The lowest score that at most ``most`` reach, and the next below, at which some may tie."""
+    low, high = cutoff.to(tl.int32, bitcast=True), cutoff.to(tl.int32, bitcast=True)
     if tl.sum((score >= cutoff).to(tl.int32)) > most:
-        low = cutoff.to(tl.int32, bitcast=True)
         high = low * 0 + 0x7F800000
         while high - low > 1:
             middle = low + (high - low) // 2
@@ -110,14 +111,11 @@ def _not_above(score, cutoff, most):
                 low = middle
             else:
                 high = middle
-        cutoff = high.to(tl.float32, bitcast=True)
-    return cutoff
+    return high.to(tl.float32, bitcast=True), low.to(tl.float32, bitcast=True)
 
 
 def chosen_lists(plan: FlexPlan, blocks: range) -> BlockMask:
     """The blocks of the query blocks at positions ``blocks``; unused entries of the lists are unspecified."""
-    from keysift.ops.flex_search import ROW_SLACK
-
     sampling, mean = plan.sampling, plan.mass
     batch, heads, strips, _ = mean.shape
     slots = max(1, blocks.stop - 1)
@@ -139,7 +137,7 @@ def chosen_lists(plan: FlexPlan, blocks: range) -> BlockMask:
         blocks.start,
         slots,
         len(blocks),
-        plan.gamma - ROW_SLACK,
+        plan.gamma - flex_search.ROW_SLACK,
         plan.least,
         blocks.stop if plan.most is None else plan.most,
         sampling.striking,

@@ -9,16 +9,15 @@ choose for it.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from keysift.ops.dense import keys_values
-from keysift.ops.lists import block_lists
+from keysift.ops.lists import block_lists, on_gpu
 from keysift.ops.vertical_slash import block_sum
-from keysift.types import KV, BlockMask
+from keysift.types import KV, BlockMask, one_of
 
 ROWS = 4096  # query rows that are looked at, about
 FULL_KEYS = 1 << 15  # with more keys fewer rows are looked at, so that rows times keys stay the same
@@ -34,6 +33,7 @@ NEAR = 64  # blocks from the diagonal within which distance says as much as the 
 NEIGHBOURS = 0.5  # the strips before and behind count together as so many rows of one's own
 OCTAVES = 16  # thresholds go down so far from 1, in eighths
 ROW_SLACK = 0.05  # a row of blocks may be covered by so much less than gamma, where others are covered by more
+FIRST_OF_NONE = 1e-30  # of blocks without mass the latest come first
 COARSE_BITS = 16  # a row's own cutoff is rounded down to so many bits less than a float has
 CALIBRATING_ROWS = 256  # strips are passed over where more rows or halves of strips than these would be held out
 
@@ -144,11 +144,10 @@ class FlexPlan(NamedTuple):
         estimate = _estimate(self.mass, self.mass, self.sampling.per, self.sampling, strip, index)
         column = torch.arange(estimate.shape[-1], device=self.mass.device)
         diagonal, before = column == index[:, None], column < index[:, None]
-        # of blocks without mass the latest come first
-        score = (estimate + 1e-30 * (column + 1)) * (before | diagonal)
+        score = (estimate + FIRST_OF_NONE * (column + 1)) * (before | diagonal)
         striking = (self.last >= self.sampling.striking)[:, :, None] & before
         score = torch.where(striking, 1 + self.last[:, :, None], score).masked_fill(diagonal, torch.inf)
-        ordered, order = score.sort(-1, descending=True)
+        ordered, order = score.sort(dim=-1, descending=True, stable=True)
         share = estimate.gather(-1, order) * (ordered > 0)
         short = (share.cumsum(-1) - share) < (self.gamma - ROW_SLACK) * share.sum(-1, keepdim=True)
         rank = column.expand_as(ordered)
@@ -165,7 +164,8 @@ class FlexPlan(NamedTuple):
         if self.backend == "triton":
             from keysift.ops.flex_lists_triton import chosen_lists
 
-            return chosen_lists(self, blocks)
+            with torch.cuda.device_of(self.mass):  # kernels start on the current device
+                return chosen_lists(self, blocks)
         return block_lists(self.active(blocks), self.sampling.block, blocks.start)
 
 
@@ -187,17 +187,22 @@ def flex_search(
         kv: keys of all N positions, one length for all sequences; values are not read.
         scale: factor on q.k.
         gamma: share of attention mass to cover, mean over a head's query rows; no row of blocks is covered to less than
-            gamma - 0.05 of its estimate.
+            gamma - 0.05 of its estimate, unless ``most`` cuts it.
         least, most: bounds on the blocks that a row of blocks reads; the diagonal block is always among them.
         block: tokens a block.
         rows: query rows to look at, about, by default ``ROWS``; fewer with more than 32K keys.
-        backend: "triton", "reference", or "auto": Triton where there is a CUDA device and Triton.
+        backend: "triton", "reference", or "auto": Triton where it is installed and takes the case.
+
+    Raises:
+        ValueError: no such backend.
     """
+    one_of("backend", backend, ("auto", "triton", "reference"))
     sampling = Sampling.of(q_BTHD.shape[1], _keys(kv), block, rows)
-    if backend == "triton" or backend == "auto" and q_BTHD.is_cuda and q_BTHD.shape[-1] <= 256 and triton_available():
+    if backend == "triton" or backend == "auto" and _triton_takes(q_BTHD):
         from keysift.ops.flex_search_triton import search
 
-        mass, last, threshold = search(q_BTHD, kv, scale, gamma, sampling)
+        with torch.cuda.device_of(q_BTHD):  # kernels start on the current device
+            mass, last, threshold = search(q_BTHD, kv, scale, gamma, sampling)
         return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "triton")
     mass, last, threshold = flex_search_reference(q_BTHD, kv, scale, gamma, sampling)
     return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "reference")
@@ -223,7 +228,7 @@ def flex_search_reference(
             _estimate(mass, a, sampling.per // 2, sampling, picked, at),
             b[:, :, picked],
             at,
-            last >= sampling.striking,
+            striking,
             gamma,
         )
         for a, b in (halves, halves[::-1])
@@ -298,6 +303,8 @@ def _keys(kv: KV) -> int:
     return spans.pop()
 
 
-def triton_available() -> bool:
-    """Whether Triton can be imported."""
-    return find_spec("triton") is not None
+def _triton_takes(q_BTHD: Tensor) -> bool:
+    """Whether there is Triton, a device new enough, and room for a tile of keys in its shared memory."""
+    if not on_gpu(q_BTHD) or q_BTHD.shape[-1] * q_BTHD.element_size() > 512:
+        return False
+    return torch.cuda.get_device_capability(q_BTHD.device) >= (8, 0)

@@ -9,26 +9,25 @@ step.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
+from keysift.ops import flex_search
 from keysift.ops.descriptors import tma_takes, token_tiles
+from keysift.ops.flex_search import Sampling
 from keysift.types import KV
-
-if TYPE_CHECKING:
-    from keysift.ops.flex_search import Sampling
 
 KEY_TILE = 128  # keys that are loaded at a time
 KEY_TILES = 32  # ... and that one program goes through
-WARP_ELEMENTS = 256
+WARP_ELEMENTS = 256  # that a warp holds, where a program goes through a row at once
 TILE_ROWS = 64  # query rows of one program, the heads of a group together
-OCTAVES = tl.constexpr(16)
-NEIGHBOURS = tl.constexpr(0.5)
-NEAR = tl.constexpr(64)
+OCTAVES = tl.constexpr(flex_search.OCTAVES)
+NEIGHBOURS = tl.constexpr(flex_search.NEIGHBOURS)
+NEAR = tl.constexpr(flex_search.NEAR)
 LOWEST = tl.constexpr(-1e30)  # in place of -inf, which no row may be shifted by
 
 
@@ -400,7 +399,7 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
     )
     last = last.view(torch.float32)
     picked = -(-strips // sampling.stride)
-    covered = torch.empty(batch, heads, picked, 2, 16, dtype=torch.float32, device=device)
+    covered = torch.empty(batch, heads, picked, 2, flex_search.OCTAVES, dtype=torch.float32, device=device)
     above = torch.empty(batch, heads, 2, dtype=torch.float32, device=device)
     threshold = torch.empty(batch, heads, dtype=torch.float32, device=device)
     for fine in (False, True):
