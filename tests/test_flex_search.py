@@ -1,6 +1,7 @@
 """The default search of flexprefill: gamma is kept, at a low price, and the kernels choose what the reference does."""
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.helpers import TOLERANCE, generator, pocket_queries_keys, relative_er
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")]
 CPU = torch.device("cpu")
 
@@ -424,12 +426,14 @@ def slow_but(items, quick):
 
 
 @pytest.mark.parametrize("shape", slow_but(SHAPES, QUICK), ids=str)
+@needs_triton
 def test_kernels_choose_the_references_blocks(shape):
     q, k, options = of_shape(shape)
     assert_same_choice(q, KV.of(k, k), options)
 
 
 @pytest.mark.slow
+@needs_triton
 def test_kernels_choose_the_references_blocks_in_half_precision():
     """Triton's interpreter cannot multiply bfloat16; ``TestOnGpu`` does."""
     q, k, options = of_shape(SHAPES[7], torch.float16)
@@ -442,6 +446,7 @@ def test_kernels_choose_the_references_blocks_in_half_precision():
     ids=str,
 )
 @pytest.mark.parametrize("tokens", slow_but([150, 115], [1]))
+@needs_triton
 def test_kernels_choose_the_references_blocks_from_few_rows(monkeypatch, settings, tokens):
     for name, value in settings.items():
         monkeypatch.setattr(search, name, value)
@@ -451,6 +456,7 @@ def test_kernels_choose_the_references_blocks_from_few_rows(monkeypatch, setting
 
 
 @pytest.mark.slow
+@needs_triton
 def test_every_few_strips_are_calibrated_on(monkeypatch):
     monkeypatch.setattr(search, "CALIBRATING_ROWS", 6)
     q, k, options = of_shape((150, 150, 1, 1, 16, 16, 1, 0.8, 1, None))
@@ -481,6 +487,7 @@ def in_pages(k, starts, page, spare=2):
 
 
 @pytest.mark.slow
+@needs_triton
 def test_keys_are_read_where_they_lie():
     """Behind NaN, in pages, from other rows in each sequence: the same plan, bit for bit."""
     q, k, options = of_shape((40, 90, 2, 1, 24, 32, 2, 0.8, 1, None))
@@ -493,6 +500,7 @@ def test_keys_are_read_where_they_lie():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [16, 24, 64])
+@needs_triton
 def test_paged_keys_give_the_references_choice(page):
     q, k, options = of_shape((40, 101, 2, 1, 64, 32, 2, 0.9, 1, None))
     assert_same_choice(q, in_pages(k, (3, 3), page), options)
@@ -500,6 +508,7 @@ def test_paged_keys_give_the_references_choice(page):
 
 
 @pytest.mark.slow
+@needs_triton
 def test_strides_do_not_matter_and_runs_repeat():
     q, k, options = of_shape((50, 70, 2, 2, 64, 32, 1, 0.8, 1, None))
     plan, mask = by_kernels(q, KV.of(k, k), options)
@@ -513,6 +522,7 @@ def test_strides_do_not_matter_and_runs_repeat():
         assert torch.equal(lists.active(3), mask.active(3))
 
 
+@needs_triton
 def test_chunks_of_the_lists_make_up_the_whole():
     q, k, options = of_shape((70, 120, 1, 1, 16, 16, 1, 0.8, 2, 5))
     plan, mask = by_kernels(q, KV.of(k, k), options)
@@ -524,6 +534,7 @@ def test_chunks_of_the_lists_make_up_the_whole():
 
 
 @pytest.mark.slow
+@needs_triton
 def test_many_rows_of_blocks_are_listed_several_at_a_time():
     """From 256 rows on, a program makes the lists of four."""
     sampling = Sampling.of(263 * 16 - 3, 263 * 16, 16)
@@ -570,6 +581,7 @@ def test_gamma_one_and_short_prompts_are_dense():
 
 
 @pytest.mark.parametrize("least", [1, 4])
+@needs_triton
 def test_of_blocks_that_tie_at_the_bound_the_first_are_kept(least):
     q, k = torch.zeros(1, 256, 1, 16), torch.ones(1, 256, 1, 16)
     lists = [
