@@ -5,13 +5,8 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
-from keysift import pocket
-from keysift.eval.data import Data
-from keysift.eval.ruler import make_sample
+from tools.mass_covered import of_pocket
 
 TOLERANCE = {  # relative error ||out - ref|| / ||ref|| of an output against the fp32 oracle
     torch.float32: 2e-5,
@@ -56,21 +51,7 @@ def structured_qkv(
 @functools.cache
 def pocket_queries_keys(tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Queries and keys of every layer of the shipped model on a document of facts to trace."""
-    folder = pocket.path()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = make_sample("vt", tokens, 0, AutoTokenizer.from_pretrained(folder), Data()).ids
-    seen = []
-
-    def spy(module, query, key, value, attention_mask, **options):
-        seen.append((query.transpose(1, 2), key.transpose(1, 2)))
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
-
-    AttentionInterface.register("spy", spy)
-    AttentionMaskInterface.register("spy", sdpa_mask)
-    model.set_attn_implementation("spy")
-    with torch.no_grad():
-        model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
-    return seen
+    return list(of_pocket(tokens, "cpu"))
 
 
 def oracle(

@@ -177,7 +177,10 @@ def test_lists_are_made_for_the_ranges_of_the_path():
         (range(999, 200_000), 16, 32),
         (range(0, 1 << 20), 128, 32),
     ):
-        assert prefill.list_ranges(positions, block, heads) == attention._chunks(positions, block, heads)
+        ranges = prefill.list_ranges(positions, block, heads)
+        assert prefill.list_ranges is attention.list_ranges
+        assert [i for r in ranges for i in r] == [*range(positions.start // block, -(-positions.stop // block))]
+        assert all(16 * heads * ranges[-1].stop * len(r) <= attention.LIST_BYTES for r in ranges)
 
 
 @pytest.mark.parametrize(

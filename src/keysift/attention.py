@@ -54,7 +54,7 @@ def prefill(
             return dense_attention_lse(q_BTHD, kv, ctx.scale, window)
         return dense_attention(q_BTHD, kv, ctx.scale, window), None
     parts = []
-    for blocks in _chunks(positions, method.block, batch * heads):
+    for blocks in list_ranges(positions, method.block, batch * heads):
         mask = method.mask(plan, blocks)
         parts.append(block_sparse_attention(q_BTHD, kv, mask, ctx.scale, with_lse, backend))
         _note(meter, mask, q_BTHD, kv, ctx.scale)
@@ -110,7 +110,7 @@ def prefill_varlen(
     return out, lse
 
 
-def _chunks(positions: range, block: int, heads: int) -> list[range]:
+def list_ranges(positions: range, block: int, heads: int) -> list[range]:
     """The query blocks of some positions, as many at a time as lists may exist for."""
     first, stop = positions.start // block, -(-positions.stop // block)
     step = max(1, LIST_BYTES // (16 * heads * stop))
@@ -136,7 +136,7 @@ def _whole_mask(q_BTHD: Tensor, kv: KV, method: Prefill, ctx: Ctx, meter: Meter)
     if not q_BTHD.shape[1]:
         return None
     start, end = kv.known_spans()[0]
-    chunks = _chunks(range(end - start - q_BTHD.shape[1], end - start), method.block, q_BTHD.shape[2])
+    chunks = list_ranges(range(end - start - q_BTHD.shape[1], end - start), method.block, q_BTHD.shape[2])
     if len(chunks) > 1 or ctx.layer in method.dense_layers or meter.measure_error:
         return None
     plan = method.plan(q_BTHD, kv, ctx)

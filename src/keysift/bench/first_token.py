@@ -21,8 +21,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from keysift.attention import list_ranges
 from keysift.bench.inputs import structured_qkv
-from keysift.bench.prefill import DENSE, failure, list_ranges
+from keysift.bench.prefill import DENSE, failure
 from keysift.functional import NO_LAYER
 from keysift.hf import Attachment, KVCache, attach
 from keysift.hf.attach import NAME, attention_function

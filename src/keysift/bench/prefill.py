@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from keysift import attention
+from keysift.attention import list_ranges
 from keysift.bench.inputs import structured_qkv
 from keysift.functional import BACKENDS, NO_LAYER
 from keysift.meter import Meter
@@ -177,13 +178,6 @@ class Work:
         """The output of every chunk, search included."""
         for chunk in self.chunks:
             yield attention.prefill(chunk.q, chunk.kv, self.method, chunk.ctx, Meter(), backend=self.backend)[0]
-
-
-def list_ranges(positions: range, block: int, heads: int) -> list[range]:
-    """The query blocks of some positions, as many at a time as ``attention.prefill`` lets lists exist for."""
-    first, stop = positions.start // block, -(-positions.stop // block)
-    step = max(1, attention.LIST_BYTES // (16 * heads * stop))
-    return [range(i, min(i + step, stop)) for i in range(first, stop, step)]
 
 
 # ---- what is asked for --------------------------------------------------------------------------------------------

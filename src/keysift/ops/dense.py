@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from keysift.ops import fa4
 from keysift.ops.heads import group
+from keysift.ops.lists import has_triton
 from keysift.types import KV, Partial
 
 MASK_ELEMENTS = 1 << 26  # a boolean mask is built for so many (query, key) pairs at a time
@@ -57,7 +57,7 @@ def dense_attention_lse(q_BTHD: Tensor, kv: KV, scale: float, window: int | None
 @functools.cache
 def triton_kernels() -> Any:
     """The module of the Triton kernel, or None where triton cannot be imported."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return None
     return importlib.import_module("keysift.ops.block_sparse_triton")
 

@@ -32,9 +32,10 @@ def block_lists(active: Tensor, block: int, first: int) -> BlockMask:
 
 def on_gpu(x: Tensor) -> bool:
     """Whether Triton kernels can take ``x``."""
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and has_triton()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
