@@ -11,7 +11,6 @@ from keysift.ops.coverage import mass_covered
 from keysift.ops.dense import dense_attention, dense_attention_reference
 from keysift.ops.gather import gather_attention
 from keysift.ops.merge import merge
-from keysift.ops.pages import page_bounds, page_scores
 from keysift.ops.pooling import pool
 from keysift.ops.random import normal, uniform
 from keysift.ops.select import cover, top_k
@@ -212,24 +211,6 @@ def test_hash_codes_are_the_sign_bits():
         [bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2], bits[:, 3] + 2 * bits[:, 4] + 4 * bits[:, 5]], 1
     )
     assert torch.equal(hash_codes(x, w, 3), expected.to(torch.int16))
-
-
-@pytest.mark.parametrize("page", [1, 4, 16])
-def test_page_score_bounds_every_key_of_the_page(page):
-    q, k, v = qkv(1, 53, 4)
-    kv = KV(poisoned(k, 2, 3), poisoned(v, 2, 3), torch.tensor([2, 9]), torch.tensor([53, 40]))
-    pages = math.ceil(53 / page) + 1
-    scores = page_scores(q[:, 0], *page_bounds(kv, page, pages))
-    exact = torch.einsum("bhd,bshd->bhs", q[:, 0], k.repeat_interleave(4, 2))
-    for b, (start, length) in enumerate([(0, 53), (7, 40)]):
-        for p in range(pages):
-            rows = slice(start + p * page, start + min((p + 1) * page, length))
-            if p * page >= length:
-                assert (scores[b, :, p] == -math.inf).all()
-            else:
-                assert (scores[b, :, p] >= exact[b, :, rows].amax(-1) - 1e-4).all()
-                if page == 1:
-                    assert torch.allclose(scores[b, :, p], exact[b, :, rows][:, 0], atol=1e-4)
 
 
 def test_cover_takes_the_fewest_that_reach_the_share():

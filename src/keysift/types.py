@@ -25,6 +25,8 @@ class KV(NamedTuple):
         spans: start and end of every sequence where the host knows them, so that nobody waits for the device to tell.
         table: page of each ``page`` consecutive rows of a sequence, contiguous int32 ``[B, P]``; None where rows lie in
             one piece.
+        origin: row of each sequence's first token, from which side data count, int64 ``[B]``; None for row 0.
+        most: what the host knows of the largest ``start + length``; None where it knows no more than the spans say.
     """
 
     k: Tensor
@@ -33,6 +35,8 @@ class KV(NamedTuple):
     length: Tensor
     spans: tuple[tuple[int, int], ...] | None = None
     table: Tensor | None = None
+    origin: Tensor | None = None
+    most: int | None = None
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> KV:
@@ -59,22 +63,56 @@ class KV(NamedTuple):
         """One past the last row of the view, int64 ``[B]``."""
         return self.start + self.length
 
+    @property
+    def capacity(self) -> int:
+        """Rows that a sequence can address."""
+        return self.k.shape[1] * (1 if self.table is None else self.table.shape[1])
+
+    @property
+    def bound(self) -> int:
+        """A row that no view of these sequences reaches past, as far as the host knows; never waits for the device."""
+        if self.most is not None:
+            return min(self.most, self.capacity)
+        return self.capacity if self.spans is None else max((end for _, end in self.spans), default=0)
+
+    @property
+    def first(self) -> Tensor:
+        """Row of each sequence's first token, int64 ``[B]``."""
+        return torch.zeros_like(self.start) if self.origin is None else self.origin
+
+    def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where buffer rows (integers ``[B, ...]``) lie: the first two indices into ``k`` and ``v``."""
+        rows = rows.long()
+        b = torch.arange(rows.shape[0], device=rows.device).view(-1, *(1,) * (rows.dim() - 1))
+        if self.table is None:
+            return b.expand_as(rows), rows
+        page = self.k.shape[1]
+        return self.table[b, rows // page].long(), rows % page
+
+    def unpaged(self) -> KV:
+        """The same rows in one piece a sequence; copied where they lie in pages."""
+        if self.table is None:
+            return self
+        pages = self.table.long()
+        return self._replace(k=self.k[pages].flatten(1, 2), v=self.v[pages].flatten(1, 2), table=None)
+
     def between(self, start: Tensor, end: Tensor) -> KV:
         """The rows of this view that lie in ``start .. end - 1`` (buffer rows, int64 ``[B]``)."""
         start = torch.maximum(self.start, start)
         length = (torch.minimum(self.end, end) - start).clamp(min=0)
-        return self._replace(start=start, length=length, spans=None)
+        return self._replace(start=start, length=length, spans=None, most=self.bound)
 
     def contains(self) -> Tensor:
         """Which buffer rows belong to the view, bool ``[B, S]``."""
-        rows = torch.arange(self.k.shape[1], device=self.k.device)
+        rows = torch.arange(self.capacity, device=self.k.device)
         return (rows >= self.start[:, None]) & (rows < self.end[:, None])
 
     def only(self, b: int) -> KV:
         """Sequence ``b`` alone, cut to its view: what a batch of one would hold."""
         start, end = self.known_spans()[b]
         if self.table is not None:
-            return KV.on(self.k, self.v, [(start, end)], self.table[b : b + 1])
+            one = KV.on(self.k, self.v, [(start, end)], self.table[b : b + 1])
+            return one._replace(origin=None if self.origin is None else self.origin[b : b + 1])
         return KV.of(self.k[b : b + 1, start:end], self.v[b : b + 1, start:end])
 
 
@@ -152,20 +190,34 @@ def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return count, index
 
 
-class Law(Protocol):
-    """Importance weights as a function of the query and the rows that were selected."""
+class Law(NamedTuple):
+    """Importance weights as a function of the angle between the query and the centred key.
+
+    Attributes:
+        mean: what keys are centred with, ``[B, K, D]``.
+        table: log importance weight, fp32, at cosines evenly spaced from -1 to 1; linear between them.
+    """
+
+    mean: Tensor
+    table: Tensor
 
     def log_w(self, q_BHD: Tensor, k_BHRD: Tensor) -> Tensor:
-        """Log importance weight of each row, fp32 ``[B, H, R]``."""
-        ...
+        """Log importance weight of each row, fp32 ``[B, H, R]``; ``q.k - q.mean`` over the product of the norms."""
+        mean = self.mean.float().repeat_interleave(q_BHD.shape[1] // self.mean.shape[1], 1)
+        centred = k_BHRD.float() - mean[:, :, None]
+        cosine = torch.nn.functional.cosine_similarity(q_BHD.float()[:, :, None], centred, dim=-1)
+        at = (cosine.clamp(-1, 1) + 1) * ((len(self.table) - 1) / 2)
+        left = at.floor().clamp(max=len(self.table) - 2).long()
+        low, high = self.table[left], self.table[left + 1]
+        return low + (high - low) * (at - left)
 
 
 class Selection(NamedTuple):
     """Rows that a decode step reads.
 
     Attributes:
-        rows: buffer rows, int64 ``[B, K, R]`` (one selection a KV head) or ``[B, H, R]`` (one a query head).
-        count: entries in use, int64, rows without their last dimension; a row appears at most once.
+        rows: buffer rows, int64 or int32 ``[B, K, R]`` (one selection a KV head) or ``[B, H, R]`` (one a query head).
+        count: entries in use, of the same type, rows without their last dimension; a row appears at most once.
         log_w: log importance weight of each row, 1 / inclusion probability, fp32 like ``rows``; draws with replacement
             are merged into one row with their multiplicity. None means weight 1; a Law computes it from q and k.
     """
@@ -225,6 +277,33 @@ class Prefill(Method, Protocol):
         ...
 
 
+class Side(NamedTuple):
+    """One kind of data about the keys that a decode method keeps beside them, in their pages.
+
+    Attributes:
+        unit: consecutive tokens that share an entry; entries count from a sequence's first token.
+        shape: of the entry of one KV head. The tensor is ``[pages, K, ceil(page / unit), *shape]``, where keys are
+            ``[pages, page, K, D]``; keys ``[B, S, K, D]`` without a table are pages of S rows.
+        dtype: of the tensor.
+        fill: what it holds at first.
+    """
+
+    unit: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+
+
+class State(NamedTuple):
+    """One kind of data that a decode method keeps for each sequence: a tensor ``[B, *shape]``, zero at first."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Index = dict[str, Tensor]  # a method's side data, states and constants, by the names that the method gave them
+
+
 class Decode(Method, Protocol):
     """Chooses the keys that one new query reads.
 
@@ -244,21 +323,47 @@ class Decode(Method, Protocol):
     @property
     def grows(self) -> bool: ...
 
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Any | None:
-        """Side data about the middle ``kv``, a NamedTuple whose tensors have the batch first. ``prompt`` is what
-        prefill wrote, ``tail_q`` its last ``tail`` queries (fewer if it was shorter)."""
+    @property
+    def dense_below(self) -> int | None:
+        """Keys of a sequence below which dense attention reads them all; None: where that was measured as faster."""
         ...
 
-    def append(self, index: Any, kv: KV, done: Tensor, ctx: Ctx) -> Any | None:
-        """Side data for a middle that has grown: what the index says of buffer rows before ``done`` (int64 ``[B]``)
-        still holds."""
+    @property
+    def top_p(self) -> float | None:
+        """Share of the selected rows' weight that is enough (Twilight, arXiv:2502.02770); None for all rows."""
         ...
 
-    def select(self, q_BHD: Tensor, kv: KV, index: Any, ctx: Ctx) -> Selection | None:
-        """The rows of the middle to read; None means all of them."""
+    def covers(self, keys: int) -> bool:
+        """Whether all of a middle of so many keys would be read: dense attention serves it then."""
         ...
 
-    def scan_bytes(self, kv: KV, index: Any) -> int:
+    def sides(self, dim: int, dtype: torch.dtype) -> dict[str, Side]:
+        """What is kept beside the keys, of a head dim and dtype; empty where there is nothing to keep."""
+        ...
+
+    def states(self, kv_heads: int, dim: int, capacity: int) -> dict[str, State]:
+        """What is kept once a sequence of at most ``capacity`` rows."""
+        ...
+
+    def constants(self, kv_heads: int, dim: int, device: torch.device, ctx: Ctx) -> dict[str, Tensor]:
+        """What all sequences share, such as hash directions."""
+        ...
+
+    def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
+        """Write the states at the end of a prompt, whose rows are ``prompt`` and whose last ``tail`` queries (fewer if
+        it was shorter) are ``tail_q``; ``kv`` is the middle."""
+        ...
+
+    def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
+        """Bring the side data of ``kv`` (all rows but the sinks) up to date: they hold for buffer rows before ``done``
+        (int64 ``[B]``), and at most ``most`` rows a sequence are new. Never waits for the device."""
+        ...
+
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:
+        """The rows of the middle ``kv`` to read; None means all of them. Never waits for a GPU."""
+        ...
+
+    def scan_bytes(self, kv: KV, index: Index) -> Tensor | int:
         """Bytes of side data and keys that one ``select`` over the middle reads to choose, all sequences together."""
         ...
 

@@ -1,7 +1,9 @@
-"""From how many tokens on sparse prefill pays: below, dense attention is done before the search is.
+"""From which size on reading fewer keys pays: below, dense attention is done before the search or the selection is.
 
-Measured with ``keysift bench prefill --save-crossover``, once per device and shape of attention. What this package
-knows stands in ``crossover.json`` beside this file; what a user has measured, in the cache folder, comes first.
+For prefill it is a number of tokens, measured with ``keysift bench prefill --save-crossover``, once per device and
+shape of attention. What this package knows stands in ``crossover.json`` beside this file; what a user has measured, in
+the cache folder, comes first. For decode it is a number of bytes of keys and values, of one layer and all sequences,
+per device and method: ``crossover_decode.json``, from ``keysift bench decode`` with ``dense_below=0``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keysift.types import KV
+
 SHIPPED = Path(__file__).with_name("crossover.json")
+DECODE = Path(__file__).with_name("crossover_decode.json")
 
 
 def dense_below(q_BTHD: Tensor, k_BNKD: Tensor) -> int:
@@ -33,6 +38,25 @@ def dense_below(q_BTHD: Tensor, k_BNKD: Tensor) -> int:
     wanted = shape_name(batch * heads, batch * k_BNKD.shape[2], dim)
     nearest = min(known, key=lambda name: (name != wanted, abs(int(name.split("/")[0]) - batch * heads), name))
     return known[nearest]
+
+
+def dense_below_bytes(kv: KV, method: str) -> int:
+    """Bytes of keys and values below which dense decode is faster than a method on this device; 0 on a CPU.
+
+    Where the device was not measured, the largest figure of any device counts; a method that was not is taken for the
+    slowest.
+    """
+    if not kv.k.is_cuda:
+        return 0
+    table = _decode_table()
+    known = [table[name] for name in [torch.cuda.get_device_name(kv.k.device)] if name in table] or [*table.values()]
+    return max((methods.get(method, max(methods.values())) for methods in known), default=0)
+
+
+@functools.cache
+def _decode_table() -> dict[str, dict[str, int]]:
+    table: dict[str, dict[str, int]] = json.loads(DECODE.read_text(encoding="utf-8"))
+    return table
 
 
 def shape_name(heads: int, kv_heads: int, dim: int) -> str:

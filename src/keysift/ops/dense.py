@@ -13,19 +13,22 @@ from torch import Tensor
 from keysift.ops import fa4
 from keysift.ops.heads import group
 from keysift.ops.lists import has_triton
+from keysift.ops.short import short_attention
 from keysift.types import KV, Partial
 
+FEW = 16  # so many queries a sequence go together, whatever its length
 MASK_ELEMENTS = 1 << 26  # a boolean mask is built for so many (query, key) pairs at a time
 
 
 def dense_attention(q_BTHD: Tensor, kv: KV, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of the last T positions over all keys.
 
-    On GPUs through FlashAttention-4 where it is installed, else through our Triton kernel where queries are fewer than
-    keys or these lie in pages; otherwise, and with a window, through torch SDPA.
+    On GPUs up to 16 queries a sequence go through our split kernel, which never waits for the device; more through
+    FlashAttention-4 where it is installed, else through our Triton kernel where queries are fewer than keys or these
+    lie in pages; otherwise, and with a window, through torch SDPA.
 
     Args:
-        q_BTHD: queries; with T > 1 all sequences must have one length (T = 1 may be ragged).
+        q_BTHD: queries; with more than 16, or on a CPU more than one, all sequences must have one length.
         kv: keys and values.
         scale: factor on q.k.
         window: sliding window in tokens, the query's own included; None means unlimited.
@@ -33,8 +36,9 @@ def dense_attention(q_BTHD: Tensor, kv: KV, scale: float, window: int | None = N
     Returns:
         Output in the dtype of q, ``[B, T, H, Dv]``; zero for a sequence without keys.
     """
-    if q_BTHD.shape[1] == 1:
-        return _one_query(q_BTHD, kv if kv.table is None else KV.of(*keys_values(kv)), scale, window)
+    out = _few_queries(q_BTHD, kv, scale, window)
+    if out is not None:
+        return out
     by_kernel = _by_kernel(q_BTHD, kv, scale, window, with_lse=False)
     return by_kernel[0] if by_kernel is not None else _by_sdpa(q_BTHD, kv, scale, window)
 
@@ -137,15 +141,21 @@ def _causal(position: Tensor, first: int, last: int, window: int | None) -> Tens
     return seen if window is None else seen & (key > position[:, None] - window)
 
 
-def _one_query(q_BTHD: Tensor, kv: KV, scale: float, window: int | None) -> Tensor:
+def _few_queries(q_BTHD: Tensor, kv: KV, scale: float, window: int | None) -> Tensor | None:
+    """A decode step or a verification pass; None where many queries are served better."""
+    tokens = q_BTHD.shape[1]
+    if tokens > FEW or (tokens > 1 and (window is not None or not q_BTHD.is_cuda)):
+        return None
     if window is not None:
         kv = kv.between(kv.end - window, kv.end)
-    first, last = int(kv.start.min()), int(kv.end.max())
+    if q_BTHD.is_cuda or kv.table is not None:
+        return short_attention(q_BTHD, kv, scale, q_BTHD.dtype).out
+    spans = kv.known_spans()
+    first, last = min(start for start, _ in spans), max(end for _, end in spans)
     k, v = (x[:, first:last].transpose(1, 2) for x in (kv.k, kv.v))
-    seen = kv.contains()[:, first:last]
-    mask = None if bool(seen.all()) else seen[:, None, None]
+    mask = None if len(set(spans)) == 1 else kv.contains()[:, None, None, first:last]
     out = _grouped(q_BTHD.transpose(1, 2), k, v, mask, scale).transpose(1, 2)
-    return out.masked_fill((kv.length == 0)[:, None, None, None], 0)
+    return out if mask is None else out.masked_fill((kv.length == 0)[:, None, None, None], 0)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

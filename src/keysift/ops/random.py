@@ -23,10 +23,21 @@ def uniform(*address: Tensor | int) -> Tensor:
     device = next((t.device for t in tensors if t.dim()), torch.device("cpu"))
     state = torch.zeros((), dtype=torch.int64, device=device)
     for word in tensors:
-        word = word.to(device, torch.int64)
-        state = _mix((state + (word & _MASK) + 0x9E3779B9) & _MASK)
-        state = _mix(state ^ ((word >> 32) & _MASK))
+        state = _absorb(state, word.to(device, torch.int64))
     return ((state >> 8).float() + 0.5) * 2.0**-24
+
+
+def state_of(*address: int) -> int:
+    """What kernels continue from: the 32-bit state after the first words of an address."""
+    state = torch.zeros((), dtype=torch.int64)
+    for word in address:
+        state = _absorb(state, torch.tensor(word))
+    return int(state)
+
+
+def _absorb(state: Tensor, word: Tensor) -> Tensor:
+    state = _mix((state + (word & _MASK) + 0x9E3779B9) & _MASK)
+    return _mix(state ^ ((word >> 32) & _MASK))
 
 
 def normal(*address: Tensor | int) -> Tensor:
