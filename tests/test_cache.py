@@ -46,22 +46,22 @@ def test_truncated_rows_are_overwritten():
 def test_selecting_sequences_takes_everything_along():
     store = Store()
     store.append(rows(60, 3), rows(60, 3))
-    store.start = torch.tensor([0, 5, 9])
+    store.slots.pad([0, 5, 9])
     store.end_prefill(torch.randn(3, 60, 4, 6), 7)
     ctx = Ctx(0, 1.0, store.view().length)
-    before = store.index(QUEST, store.middle(QUEST), Q, ctx)
+    before = {**store.index(QUEST, Q, ctx)}
     store.select(torch.tensor([2, 2, 0, 1]))
-    after = store.index(QUEST, store.middle(QUEST), Q, ctx)
-    for a, b in zip(before, after, strict=True):
-        assert torch.equal(b, a[[2, 2, 0, 1]])
-    assert store.start.tolist() == [9, 9, 0, 5]
+    after = store.index(QUEST, Q, ctx)
+    for name in before:
+        assert torch.equal(after[name], before[name][[2, 2, 0, 1]])
+    assert store.slots.start.tolist() == store.slots.starts == [9, 9, 0, 5]
     assert torch.equal(store.keys, rows(60, 3)[[2, 2, 0, 1]])
 
 
 def test_the_middle_leaves_out_padding_sinks_and_window():
     store = Store()
     store.append(rows(60), rows(60))
-    store.start = torch.tensor([0, 50])
+    store.slots.pad([0, 50])
     middle = store.middle(QUEST)
     assert middle.start.tolist()[0] == QUEST.sinks
     assert middle.end.tolist()[0] == 60 - QUEST.window
@@ -74,10 +74,10 @@ def test_another_method_or_seed_builds_side_data_of_its_own():
     store.end_prefill(torch.randn(2, 60, 4, 6), 0)
     ctx = Ctx(1, 1.0, store.view().length)
     pig = parse("magicpig:K=3,L=4,window=8", "decode")
-    first = store.index(pig, store.middle(pig), Q, ctx)
-    assert store.index(pig, store.middle(pig), Q, ctx) is first
-    assert not torch.equal(store.index(pig, store.middle(pig), Q, ctx._replace(seed=1)).codes, first.codes)
-    assert type(store.index(QUEST, store.middle(QUEST), Q, ctx)) is not type(first)
+    first = store.index(pig, Q, ctx)
+    assert store.index(pig, Q, ctx) is first
+    assert not torch.equal(store.index(pig, Q, ctx._replace(seed=1))["planes"], first["planes"])
+    assert store.index(QUEST, Q, ctx).keys() != first.keys()
 
 
 def test_the_last_queries_of_a_prompt_are_kept_across_chunks():
@@ -86,13 +86,11 @@ def test_the_last_queries_of_a_prompt_are_kept_across_chunks():
     for lo, hi in ((0, 30), (30, 47), (47, 50)):
         store.append(rows(hi - lo, seed=lo), rows(hi - lo, seed=lo))
         store.end_prefill(q[:, lo:hi], method.tail)
-        seen.append(store.index(method, store.middle(method), q[:, -1], Ctx(0, 1.0, store.view().length)))
+        seen.append(store.index(method, q[:, -1], Ctx(0, 1.0, store.view().length)))
     whole = Store()
     whole.append(store.keys, store.values)
     whole.end_prefill(q, method.tail)
-    assert torch.equal(
-        seen[-1].rows, whole.index(method, whole.middle(method), q[:, -1], Ctx(0, 1.0, store.view().length)).rows
-    )
+    assert torch.equal(seen[-1]["rows"], whole.index(method, q[:, -1], Ctx(0, 1.0, store.view().length))["rows"])
 
 
 def test_queries_of_an_earlier_turn_do_not_pass_for_the_last_of_the_prompt():
@@ -123,12 +121,12 @@ def test_a_store_filled_in_inference_mode_works_outside_of_it():
         with torch.inference_mode():
             store.append(rows(60), rows(60))
             store.end_prefill(torch.randn(2, 60, 4, 6), 0)
-            store.index(method, store.middle(method), Q, ctx)
+            store.index(method, Q, ctx)
         for _ in range(3):
             store.append(rows(1), rows(1))
-            store.index(method, store.middle(method), Q, ctx)
+            store.index(method, Q, ctx)
         store.append(rows(2000), rows(2000))
-        store.index(method, store.middle(method), Q, ctx)
+        store.index(method, Q, ctx)
 
 
 def test_rows_that_no_prefill_wrote_are_prompt_but_the_newest():

@@ -219,8 +219,8 @@ def test_beams_keep_their_side_data(decode, monkeypatch):
     with keysift.attach(model, decode=decode):
         beams = generate(model, inputs, **options)
         if "snapkv" not in decode:  # its choice belongs to the prompt's end
-            truncate = Store._index_of
-            monkeypatch.setattr(Store, "_index_of", lambda s, *a: (setattr(s, "_built_by", None), truncate(s, *a))[1])
+            index = Store.index
+            monkeypatch.setattr(Store, "index", lambda s, *a: (setattr(s, "_built_by", None), index(s, *a))[1])
         assert torch.equal(generate(model, inputs, **options), beams)
     assert any(rows != sorted(rows) for rows in moved)
 
@@ -364,8 +364,8 @@ def test_packed_sequences_do_not_see_each_other():
 
 def test_an_attached_assistant_drafts_sparsely_and_keeps_its_side_data(monkeypatch):
     model, helper, inputs = tiny("qwen3"), tiny("llama-linear-rope-mha"), prompt(70)
-    built, build = [], quest.Method.build
-    monkeypatch.setattr(quest.Method, "build", lambda self, *args: (built.append(1), build(self, *args))[1])
+    built, begin = [], quest.Method.begin
+    monkeypatch.setattr(quest.Method, "begin", lambda self, *args: (built.append(1), begin(self, *args))[1])
     expected = generate(model, inputs, max_new_tokens=20)
     with keysift.attach(helper, decode="quest:keep=0.2,page=4,window=8,dense_layers=none") as sift:
         assert torch.equal(generate(model, inputs, assistant_model=helper, max_new_tokens=20), expected)
@@ -393,7 +393,7 @@ def test_snapkv_without_the_prompts_queries_chooses_by_the_query_at_hand():
     model(**inputs, past_key_values=cache)
     with keysift.attach(model, decode="snapkv:budget=20,window=8"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-    rows = cache.layers[0].store._index.rows
+    rows = cache.layers[0].store._index["rows"]
     assert rows.shape == (1, 2, 12)
     assert rows.max() > 12
 

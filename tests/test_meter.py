@@ -45,9 +45,12 @@ def test_bytes_are_rows_read_and_what_was_scanned_to_choose_them():
     expected = {
         "streaming:sinks=4,window=16": 2 * 20 * row,
         "topk:keep=0.1,window=16,dense_layers=none": 2 * 20 * row + 8 * round(0.1 * middle) * row + middle * 2 * 32 * 4,
-        "quest:keep=0.2,window=16,page=8,dense_layers=none": 2 * 20 * row
-        + 8 * 8 * (round(0.2 * middle) // 8) * row
-        + 2 * (middle // 8) * 2 * 32 * 4,
+        "quest:keep=0.2,window=16,page=4,per=query_head,dense_layers=none": 2 * 20 * row
+        + 8 * 56 * row
+        + 2 * (middle // 4) * 2 * 32 * 4,
+        "quest:keep=0.2,window=16,page=4,dense_layers=none": 2 * 20 * row
+        + 2 * 56 * row
+        + 2 * (middle // 4) * 2 * 32 * 4,
     }
     for spec, size in expected.items():
         meter = Meter()
@@ -60,9 +63,9 @@ def test_magicpigs_codes_count_as_they_are_stored():
     method, meter = parse("magicpig:K=6,L=20,window=16,dense_layers=none", "decode"), Meter()
     decode(q[:, -1], store, method, context(store), meter)
     middle = store.middle(method)
-    kept = method.select(q[:, -1], middle, store.index(method, middle, q[:, -1], context(store)), context(store))
+    kept = method.select(q[:, -1], middle, store.index(method, q[:, -1], context(store)), context(store))
     rows = int(kept.count.sum()) + 2 * 20
-    assert meter.stats().bytes_per_step == rows * 64 * 4 + 280 * 2 * 20 * 2
+    assert meter.stats().bytes_per_step == rows * 64 * 4 + 280 * 2 * 20 * 6 // 8
 
 
 def test_a_step_is_one_token_of_one_sequence_over_all_layers():

@@ -12,10 +12,12 @@ from keysift.cache import Store
 from keysift.meter import Meter
 from keysift.ops.block_sparse import Backend, block_sparse_attention, block_sparse_attention_varlen
 from keysift.ops.coverage import mass_covered
+from keysift.ops.crossover import dense_below_bytes
 from keysift.ops.dense import dense_attention, dense_attention_lse
 from keysift.ops.gather import gather_attention
-from keysift.ops.merge import merge
-from keysift.types import KV, BlockMask, Ctx, Decode, Prefill, Selection
+from keysift.ops.prune import prune
+from keysift.ops.short import short_attention
+from keysift.types import KV, BlockMask, Ctx, Decode, Prefill
 
 LIST_BYTES = 1 << 28  # block lists of a sequence, and the masks they are made of, exist for so many bytes at a time
 
@@ -182,39 +184,49 @@ def _prefill_ragged(
 
 
 def decode(
-    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter, with_lse: bool = False
+    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | None, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one new query a sequence: exact over sinks and window, as ``method`` selects from the middle.
+
+    On a GPU nothing here waits for the device, so the step may be captured; a captured step has no ``meter``.
 
     Returns:
         Output in q's dtype ``[B, H, Dv]``, and the log-sum-exp, fp32 ``[B, H]``, if asked for.
     """
-    kv, index, selection = store.view(), None, None
-    middle, heads = store.middle(method), q_BHD.shape[1]
-    if ctx.layer not in method.dense_layers and bool((middle.length > 0).any()):
-        index = store.index(method, middle, q_BHD, ctx)
+    kv, middle, index, selection = store.view(), store.middle(method), {}, None
+    if chooses(method, store, ctx.layer):
+        index = store.index(method, q_BHD, ctx)
         selection = method.select(q_BHD, middle, index, ctx)
+    scanned = 0 if selection is None or meter is None else method.scan_bytes(middle, index)
+    if selection is not None and method.top_p is not None:
+        if meter is not None:  # their keys are read to see what can go
+            scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()
+        selection = prune(selection, q_BHD, kv, ctx.scale, method.top_p)
     if selection is None:
-        meter.add_step(kv, heads, ctx.layer, None, 0)
+        if meter is not None:
+            meter.add_step(kv, q_BHD.shape[1], ctx.layer, None, None, 0)
         if with_lse:
-            part = gather_attention(q_BHD, kv, _outside(kv, kv.between(kv.end, kv.end)), ctx.scale)
-            return part.out[:, 0].to(q_BHD.dtype), part.lse[:, 0]
+            part = short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
+            return part.out[:, 0], part.lse[:, 0]
         return dense_attention(q_BHD[:, None], kv, ctx.scale)[:, 0], None
-    exact = _outside(kv, middle)
-    part = merge(*(gather_attention(q_BHD, kv, rows, ctx.scale) for rows in (exact, selection)))
-    meter.add_step(kv, heads, ctx.layer, (exact, selection), method.scan_bytes(middle, index))
-    if meter.measure_error:
-        meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
-    return part.out[:, 0].to(q_BHD.dtype), part.lse[:, 0] if with_lse else None
+    part = gather_attention(q_BHD, kv, selection, ctx.scale, middle, q_BHD.dtype)
+    if meter is not None:
+        meter.add_step(kv, q_BHD.shape[1], ctx.layer, middle, selection, scanned)
+        if meter.measure_error:
+            meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
+    return part.out[:, 0], part.lse[:, 0] if with_lse else None
 
 
-def _outside(kv: KV, middle: KV) -> Selection:
-    """The rows of ``kv`` before and after ``middle``, the same for all KV heads."""
-    before = torch.minimum(middle.start - kv.start, kv.length)[:, None]
-    after = torch.where(middle.length > 0, middle.end, kv.start + before[:, 0])[:, None]
-    count = kv.length - middle.length
-    slot = torch.arange(int(count.max()), device=count.device)
-    rows = torch.where(slot < before, kv.start[:, None] + slot, after + slot - before)
-    rows = rows.masked_fill(slot >= count[:, None], 0)
-    heads = kv.k.shape[2]
-    return Selection(rows[:, None].expand(-1, heads, -1), count[:, None].expand(-1, heads))
+def chooses(method: Decode, store: Store, layer: int) -> bool:
+    """Whether a decode step asks the method at all, as far as the host knows.
+
+    Not where its layer is dense, where it would take everything, or where dense attention is known to be faster.
+    """
+    if layer in method.dense_layers or method.covers(store.longest_middle(method)):
+        return False
+    kv = store.view()
+    if method.dense_below is not None:
+        return kv.bound >= method.dense_below
+    row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
+    name = type(method).__module__.rpartition(".")[2]
+    return kv.start.shape[0] * kv.bound * kv.k.shape[2] * row >= dense_below_bytes(kv, name)

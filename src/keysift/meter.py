@@ -13,6 +13,7 @@ from keysift.ops.heads import per_query_head
 from keysift.types import KV, BlockMask, Selection, Stats
 
 UNCOUNTED = 1 << 24  # rows of lists whose counts are kept until somebody asks
+UNCOUNTED_STEPS = 1 << 12  # decode steps likewise
 
 
 class ReadBlocks(NamedTuple):
@@ -34,17 +35,20 @@ class Meter:
     pairs: float = 0.0  # prefill: causal
     pairs_read: float = 0.0  # and read
     uncounted: list[ReadBlocks] = field(default_factory=list)  # of masks that nobody has waited for yet
-    keys: list[float] = field(default_factory=lambda: [0.0, 0.0])  # decode: read, cached
-    bytes_read: float = 0.0  # decode
+    uncounted_steps: list[Tensor] = field(default_factory=list)  # decode: keys read, cached, bytes
+    decoded: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # what they add up to
     queries: Counter[int] = field(default_factory=Counter)  # decode: by layer
     mass: list[Tensor] = field(default_factory=list)
     errors: dict[str, list[Tensor]] = field(default_factory=lambda: {"prefill": [], "decode": []})
 
     def stats(self) -> Stats:
         self._count()
-        density, kept = (read / total if total else None for read, total in ((self.pairs_read, self.pairs), self.keys))
+        read, cached, bytes_read = self.decoded.tolist()
+        density, kept = (
+            part / total if total else None for part, total in ((self.pairs_read, self.pairs), (read, cached))
+        )
         steps = max(self.queries.values(), default=0)
-        per_step = self.bytes_read / steps if steps else None
+        per_step = bytes_read / steps if steps else None
         mass, prefill, decode = (_mean(x) for x in (self.mass, self.errors["prefill"], self.errors["decode"]))
         return Stats(density, kept, mass, per_step, prefill, decode)
 
@@ -64,6 +68,9 @@ class Meter:
             full, partial = read.full.sum((0, 1)).cpu(), read.partial.sum((0, 1)).cpu()
             self.pairs_read += float((full * read.block * queries + partial * on_diagonal).sum())
         self.uncounted.clear()
+        for step in self.uncounted_steps:
+            self.decoded += step.cpu()
+        self.uncounted_steps.clear()
 
     def add_dense(self, tokens: range, heads: int, batch: int) -> None:
         """Count a dense prefill of the query positions ``tokens``."""
@@ -75,19 +82,23 @@ class Meter:
         if self.measure_error:
             self.errors["prefill"].append(torch.zeros(batch * heads))
 
-    def add_step(self, kv: KV, heads: int, layer: int, read: tuple[Selection, ...] | None, scanned: int) -> None:
-        """Count a decode step over the cache ``kv``: all of it, or the rows ``read`` after scanning so many bytes."""
-        cached = float(kv.length.sum())
+    def add_step(
+        self, kv: KV, heads: int, layer: int, middle: KV | None, selection: Selection | None, scanned: Tensor | int
+    ) -> None:
+        """Count a decode step over the cache ``kv``: all of it, or ``selection`` from its ``middle`` and all rows
+        outside, after scanning so many bytes."""
         row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
+        cached = kv.length.double().sum()
         keys, rows = cached * heads, cached * kv.k.shape[2]
-        if read is not None:
-            keys = float(sum(per_query_head(s.count, heads, 1).sum() for s in read))
-            rows = float(sum(s.count.sum() for s in read))
-        self.keys[0] += keys
-        self.keys[1] += cached * heads
-        self.bytes_read += rows * row + scanned
+        if middle is not None and selection is not None:
+            always = cached - middle.length.double().sum()
+            keys = always * heads + per_query_head(selection.count, heads, 1).double().sum()
+            rows = always * kv.k.shape[2] + selection.count.double().sum()
+        self.uncounted_steps.append(torch.stack([keys, cached * heads, rows * row + scanned]))
         self.queries[layer] += kv.length.shape[0]
-        if self.measure_error and read is None:
+        if len(self.uncounted_steps) >= UNCOUNTED_STEPS:
+            self._count()
+        if self.measure_error and selection is None:
             self.errors["decode"].append(torch.zeros(kv.length.shape[0] * heads))
 
     def add_error(self, phase: str, out_BTHD: Tensor, dense_BTHD: Tensor) -> None:

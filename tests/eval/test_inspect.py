@@ -73,13 +73,14 @@ class Ledger(Meter):
         self.masks.append(mask)
         super().add_mask(mask, tokens, heads, batch)
 
-    def add_step(self, kv, heads, layer, read, scanned) -> None:
+    def add_step(self, kv, heads, layer, middle, selection, scanned) -> None:
         sets = None
-        if read is not None:
-            parts = [(per_query_head(s.rows, heads, 1)[0], per_query_head(s.in_use(), heads, 1)[0]) for s in read]
-            sets = [[set(rows[h][used[h]].tolist()) for rows, used in parts] for h in range(heads)]
+        if selection is not None:
+            outside = set((kv.contains() & ~middle.contains())[0].nonzero()[:, 0].tolist())
+            rows, used = (per_query_head(x, heads, 1)[0] for x in (selection.rows, selection.in_use()))
+            sets = [[outside, set(rows[h][used[h]].tolist())] for h in range(heads)]
         self.steps.append((layer, int(kv.length[0]), sets))
-        super().add_step(kv, heads, layer, read, scanned)
+        super().add_step(kv, heads, layer, middle, selection, scanned)
 
 
 def unwatched(model, tokens: torch.Tensor, steps: int, prefill: str, decode: str, seed: int = 0):
@@ -299,7 +300,7 @@ def test_every_prefill_method_goes_through(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, cls in catalog().items() if "decode" in roles(cls)])
 def test_every_decode_method_goes_through(name: str) -> None:
     lm, tokens = pocket_model()[0], pocket_ids(400)
-    options = {"streaming": ":window=128", "snapkv": ":budget=128"}
+    options = {"streaming": ":window=128", "snapkv": ":budget=128", "verified": ":epsilon=0.5"}
     seen = inspect(lm, tokens, {0: [0], 7: [1, 2]}, "dense", name + options.get(name, ""), steps=3)
     assert seen.token_ids == unwatched(lm, tokens, 3, "dense", name + options.get(name, ""))[0][:3]
     for head in seen.heads[1:]:

@@ -24,7 +24,7 @@ from keysift.ops.heads import per_query_head
 from keysift.ops.merge import merge
 from keysift.ops.select import cover
 from keysift.ops.vertical_slash import block_sum
-from keysift.types import KV, Ctx, Selection
+from keysift.types import KV, Ctx, Index, Selection
 
 SCORE_BYTES = 1 << 28  # scores and what is made of them exist for so many bytes at a time
 SCORE_COPIES = 4  # the scores, their softmax, and two for padding and masking
@@ -207,35 +207,46 @@ def map_block(tokens: int) -> int:
     return next((block for block in BLOCKS if tokens <= block * MAP_BLOCKS), BLOCKS[-1])
 
 
+EVER = 1 << 40  # keys: a method that covers so many reads all of them always
+
+
 class DecodeProbe:
     """A decode method that shows what it is asked.
 
     It is asked in all layers, and says None (all rows) in those where the method is not to be asked.
     """
 
-    dense_layers = ()
+    dense_layers, dense_below = (), 0
 
     def __init__(self, method: Any, wanted: dict[int, list[Head]]) -> None:
         self.method, self.wanted = method, wanted
         self.sinks, self.window, self.tail, self.grows = method.sinks, method.window, method.tail, method.grows
 
     def exempt(self, ctx: Ctx) -> bool:
-        return ctx.layer in self.method.dense_layers
+        return ctx.layer in self.method.dense_layers or self.method.covers(EVER)
 
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Any | None:
-        return None if self.exempt(ctx) else self.method.build(kv, prompt, tail_q_BTHD, ctx)
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sides", "states", "constants") and self.method.covers(EVER):
+            return lambda *args: {}
+        return getattr(self.method, name)
 
-    def append(self, index: Any, kv: KV, done: Tensor, ctx: Ctx) -> Any | None:
-        return index if self.exempt(ctx) else self.method.append(index, kv, done, ctx)
+    def covers(self, keys: int) -> bool:
+        return False  # it asks to see the query
+
+    def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
+        if not self.exempt(ctx):
+            self.method.begin(index, kv, prompt, tail_q_BTHD, ctx)
+
+    def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
+        if not self.exempt(ctx):
+            self.method.extend(index, kv, done, most, ctx)
 
     def select(self, q_BHD: Tensor, kv: KV, index: Any, ctx: Ctx) -> Selection | None:
-        selection = None if self.exempt(ctx) else self.method.select(q_BHD, kv, index, ctx)
+        asked = not self.exempt(ctx) and not self.method.covers(max(end - start for start, end in kv.known_spans()))
+        selection = self.method.select(q_BHD, kv, index, ctx) if asked else None
         if heads := self.wanted.get(ctx.layer):
             look_at_step(heads, q_BHD, kv, selection, ctx)
         return selection
-
-    def scan_bytes(self, kv: KV, index: Any) -> int:
-        return self.method.scan_bytes(kv, index)
 
 
 class AllRows(DecodeProbe):
@@ -284,7 +295,7 @@ def attention_output(q_BHD: Tensor, cached: KV, always: Tensor, selection: Selec
 def chosen_rows(selection: Selection, head: int, num_heads: int, cached: int) -> Tensor:
     """The rows that a query head reads by selection, bool ``[cached]``."""
     rows, used = (per_query_head(x, num_heads, 1)[0, head] for x in (selection.rows, selection.in_use()))
-    return torch.zeros(cached, dtype=torch.bool, device=rows.device).index_fill_(0, rows[used], True)
+    return torch.zeros(cached, dtype=torch.bool, device=rows.device).index_fill_(0, rows[used].long(), True)
 
 
 class Layout(NamedTuple):

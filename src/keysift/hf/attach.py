@@ -204,8 +204,11 @@ def attention_function(
             store.end_prefill(query.transpose(1, 2), link.decode.tail if link else 0)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     q, scale = query.transpose(1, 2), query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer, seed = getattr(module, "layer_idx", 0), link.seed if link else 0
+    if store is not None and store.slots is not None and not store.slots.in_one_piece:
+        return _paged_step(module, q, store, link, attention_mask, Ctx(layer, scale, store.slots.positions, seed)), None
     kv = _view(key, value, attention_mask, store)
-    ctx = Ctx(getattr(module, "layer_idx", 0), scale, kv.length - 1, link.seed if link else 0)
+    ctx = Ctx(layer, scale, kv.length - 1, seed)
     if link is None or attention_mask.window is not None:
         out = _prefill(q, kv, DENSE, ctx, Meter(), attention_mask)
     elif q.shape[1] == 1 < kv.k.shape[1] and not link.reads_prompt and (store is not None or link.decode != DENSE):
@@ -271,6 +274,15 @@ AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, mask_function)
 
 
+def _paged_step(module: nn.Module, q: Tensor, store: Store, link: Attachment | None, mask: Mask, ctx: Ctx) -> Tensor:
+    """A decode step over paged slots; what is captured is not counted."""
+    if mask.window is not None or q.shape[1] > 1 or store.slots is None:
+        what = "sliding windows" if mask.window is not None else f"{q.shape[1]} tokens at once"
+        raise ValueError(f"{type(module).__name__}: paged slots take one token a step, without {what}")
+    method, meter = (DENSE, Meter()) if link is None else (link.decode, link.meter)
+    return path.decode(q[:, 0], store, method, ctx, meter if store.slots.lengths_are_known else None)[0][:, None]
+
+
 def _prefill(q: Tensor, kv: KV, method: Any, ctx: Ctx, meter: Meter, mask: Mask) -> Tensor:
     """``attention.prefill``; sequences padded on the right are cut out first, each with queries of its own."""
     spans = list(zip(mask.start or (), mask.end or (), strict=True))
@@ -291,8 +303,8 @@ def _view(key: Tensor, value: Tensor, mask: Mask, store: Store | None) -> KV:
         kv = KV.on(k, v, zip(mask.start, mask.end, strict=True))
     else:
         kv = KV.of(k, v)
-    if store is not None:
-        store.start = kv.start
+    if store is not None and store.slots is not None:
+        store.slots.pad(mask.start or [0] * len(store.slots))
     return kv
 
 

@@ -100,7 +100,7 @@ def adopt(cache: Cache) -> None:
             cache.layers[i] = ours = KVLayer()
             if layer.keys is not None and layer.values is not None and layer.get_seq_length():
                 ours.update(layer.keys, layer.values)
-                ours.store.prompt = ours.store.length
+                ours.store.end_prompt()
         elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
             raise ValueError(f"keysift does not support cache layers of type {type(layer).__name__}")
     cache.__dict__["_keysift"] = True  # layers that it adds later are ours too
