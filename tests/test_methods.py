@@ -12,9 +12,8 @@ from keysift.attention import decode, prefill
 from keysift.cache import Store
 from keysift.meter import Meter
 from keysift.methods.base import PrefillMethod
-from keysift.methods.magicpig import CollisionLaw
-from keysift.ops.codes import hash_codes, match_codes, projections
-from keysift.types import KV, Ctx, Selection
+from keysift.ops.codes import collision_table, hash_codes, match_codes, projections
+from keysift.types import KV, Ctx, Law, Selection
 from tests.helpers import close, generator, oracle, structured_qkv
 
 CATALOG = methods.catalog()
@@ -35,6 +34,8 @@ EVERYTHING = {  # a SPEC for each prefill and decode method whose budget is all 
         "topk": "topk:keep=1",
         "oracle": "oracle:keep=1",
         "snapkv": "snapkv:budget=100000",
+        "signbits": "signbits:keep=1",
+        "verified": "verified:top=1",
     },
 }
 SPARSE = {  # a SPEC that reads part of a prompt of a few hundred tokens
@@ -52,9 +53,11 @@ SPARSE = {  # a SPEC that reads part of a prompt of a few hundred tokens
         "topk": "topk:keep=0.1,window=16",
         "oracle": "oracle:keep=0.1,window=16",
         "snapkv": "snapkv:budget=60,window=16",
+        "signbits": "signbits:keep=0.1,window=16",
+        "verified": "verified:epsilon=0.4,top=0.05,base=0.1,window=16",
     },
 }
-SAMPLING = ("magicpig", "oracle")  # methods whose rows are random draws with known probabilities
+SAMPLING = ("magicpig", "oracle", "signbits")  # methods whose rows are random draws with known probabilities
 WHOLE_PROMPT = {  # prefill methods whose choice for a query depends on later queries, with the reason
     "flexprefill": "samples of the queries at hand set the threshold",
     "minference": "the last queries at hand show the pattern",
@@ -91,7 +94,7 @@ def filled(k, v, tail_q=None, start=None):
     store = Store()
     store.append(k.transpose(1, 2), v.transpose(1, 2))
     if start is not None:
-        store.start = torch.tensor(start)
+        store.slots.pad(start)
     if tail_q is not None:
         store.end_prefill(tail_q, tail_q.shape[1])
     return store
@@ -101,7 +104,7 @@ def rows_read(method, q, store, seed=0):
     """The middle and the selection of one decode step, as log weight per row: -inf where not selected, [B, H, S]."""
     middle = store.middle(method)
     ctx = context(store.view(), seed)
-    selection = method.select(q, middle, store.index(method, middle, q, ctx), ctx)
+    selection = method.select(q, middle, store.index(method, q, ctx), ctx)
     assert selection is not None, "nothing is left out: not the sparse regime"
     return middle, selection, weights(selection, q, store.view())
 
@@ -113,13 +116,13 @@ def weights(selection: Selection, q, kv):
     if selection.log_w is None:
         log_w = torch.zeros(rows.shape)
     elif isinstance(selection.log_w, torch.Tensor):
-        log_w = selection.log_w
+        log_w = selection.log_w.repeat_interleave(heads // selection.log_w.shape[1], 1)
     else:
         b = torch.arange(len(q))[:, None, None]
         group = torch.arange(heads)[:, None] // (heads // kv.k.shape[2])
         log_w = selection.log_w.log_w(q, kv.k[b, rows, group].float())
     out = torch.full((*rows.shape[:2], kv.k.shape[1] + 1), -math.inf)
-    return out.scatter_(-1, rows.masked_fill(~used, kv.k.shape[1]), log_w)[..., :-1]
+    return out.scatter_(-1, rows.long().masked_fill(~used, kv.k.shape[1]), log_w)[..., :-1]
 
 
 def test_every_method_is_checked_here():
@@ -303,7 +306,7 @@ def test_side_data_kept_through_decode_equals_side_data_built_afresh(name):
     if not method.grows:
         pytest.skip("chosen once after prefill by definition: later tokens are all read")
     store = filled(k[:, :390], v[:, :390], q[:, 370:390], starts)
-    store.index(method, store.middle(method), q[:, 389], context(store.view()))
+    store.index(method, q[:, 389], context(store.view()))
     steps = [1] * 20 + [5, 3]
     for step, rollback in [(s, 0) for s in steps] + [(30, 30), (40, 0)]:
         end = store.length + step
@@ -314,9 +317,9 @@ def test_side_data_kept_through_decode_equals_side_data_built_afresh(name):
         rows_read(method, q[:, end - 1], store)
         store.truncate(end - rollback)
     fresh = filled(k[:, : store.length], v[:, : store.length], q[:, 370:390], starts)
-    if name == "magicpig":  # the mean is fixed when the prompt is complete
+    if name in ("magicpig", "signbits"):  # the mean is fixed when the prompt is complete
         fresh = filled(k[:, :390], v[:, :390], q[:, 370:390], starts)
-        fresh.index(method, fresh.middle(method), q[:, 389], context(fresh.view()))
+        fresh.index(method, q[:, 389], context(fresh.view()))
         fresh.append(k[:, 390 : store.length].transpose(1, 2), v[:, 390 : store.length].transpose(1, 2))
     newest = q[:, store.length - 1]
     assert torch.equal(rows_read(method, newest, store)[2][..., :400], rows_read(method, newest, fresh)[2][..., :400])
@@ -487,16 +490,17 @@ def test_minference_keeps_the_columns_and_diagonals_that_the_last_queries_attend
 
 def test_quest_reads_the_pages_of_the_highest_bounds():
     q, k, v = structured_qkv(200, heads=4, kv_heads=2)
-    method = methods.parse("quest:budget=64,page=8,sinks=4,window=20", "decode")
+    method = methods.parse("quest:budget=64,page=8,sinks=4,window=20,per=query_head", "decode")
     _, _, log_w = rows_read(method, q[:, -1], filled(k, v))
     for h in range(4):
         bounds = []
-        for page in range(22):
-            keys = k[0, 4 + page * 8 : 4 + (page + 1) * 8, h // 2]
+        for page in range(23):
+            keys = k[0, max(4, page * 8) : (page + 1) * 8, h // 2]  # the last page reaches into the window
             query = q[0, -1, h]
             bounds.append(float(torch.maximum(query * keys.amin(0), query * keys.amax(0)).sum()))
         best = torch.tensor(bounds).topk(5).indices.tolist()
-        assert set((log_w[0, h] == 0).nonzero()[:, 0].tolist()) == {4 + p * 8 + r for p in best for r in range(8)}
+        rows = {p * 8 + r for p in best for r in range(8)} & {*range(4, 180)}
+        assert set((log_w[0, h] == 0).nonzero()[:, 0].tolist()) == rows
 
 
 def test_topk_reads_the_keys_of_the_highest_scores():
@@ -545,7 +549,7 @@ def test_magicpig_weighs_rare_keys_without_bias():
     w = projections(1, 0, trials, 4, bits * tables, torch.device("cpu"))
     hits = match_codes(hash_codes(q, w, bits)[:, None], hash_codes(k.expand(trials, 1, 4), w, bits).mT[:, None])
     drawn = (hits >= 2).double().mean()
-    weight = CollisionLaw(torch.zeros(1, 1, 4), bits, tables, 0.0).log_w(q[None, None], k[None, None, None]).exp()
+    weight = Law(torch.zeros(1, 1, 4), collision_table(bits, tables)).log_w(q[None, None], k[None, None, None]).exp()
     assert 0.0005 < drawn < 0.02
     assert abs(float(drawn * weight) - 1) < 5 / math.sqrt(float(drawn) * trials)
 
@@ -576,7 +580,8 @@ def test_streaming_budget_is_the_number_of_keys_read():
 def test_budget_in_keys_is_kept(name):
     q, k, v = structured_qkv(600)
     _, stats = keysift.decode_attention(q[:, -1:], k, v, f"{name}:budget=132,sinks=4,window=64", return_stats=True)
-    assert stats.kept_fraction == pytest.approx(132 / 600)
+    assert stats.kept_fraction <= 132 / 600 + 1e-6
+    assert stats.kept_fraction > (132 - 16) / 600 - 1e-6  # the first page or the last may reach out of the middle
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import keysift
-from keysift.methods import flexprefill, magicpig
-from keysift.methods.magicpig import CollisionLaw
-from keysift.ops.codes import hash_codes, match_codes
+from keysift.methods import flexprefill
+from keysift.ops.codes import collision_table, collisions, directions, hash_codes, hash_planes, hash_query, match_codes
 from keysift.ops.gather import gather_attention
-from keysift.types import KV, Ctx, Selection
+from keysift.types import KV, Ctx, Law
 from tests.helpers import relative_error, structured_qkv
 
 DATA = Path(__file__).parent / "data"
@@ -63,31 +62,15 @@ def test_magicpig_retrieves_and_estimates_what_the_published_code_does(path):
     hits = match_codes(hash_codes(q, w, case["K"])[None], hash_codes(k - mean, w, case["K"]).mT[None])
     assert torch.equal((hits >= 2)[0], data["retrieved"])
     kv = KV.of(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
-    selection = Selection.of(hits >= 2, CollisionLaw(mean[None, :, 0], case["K"], case["L"], floor=1e-4))
+    law = Law(mean[None, :, 0], collision_table(case["K"], case["L"], 1e-4))
+    planes = torch.zeros(1, k.shape[0], -(-k.shape[1] // 128), w.shape[-1], 4, dtype=torch.int32)
+    rows = directions(w if w.dim() == 3 else w[None], case["K"])
+    hash_planes(planes, kv, mean[None, :, 0].float(), None, rows, kv.start, k.shape[1])
+    selection = collisions(hash_query(q[None], rows, case["K"]), planes, kv, case["K"], law)
+    assert torch.equal(selection.count[0], data["retrieved"].sum(-1))
+    assert torch.equal(selection.rows[0][selection.in_use()[0]].long(), data["retrieved"].nonzero()[:, -1])
     part = gather_attention(q[None], kv, selection, q.shape[-1] ** -0.5)
     assert relative_error(part.out[0, 0], data["out_bf16"]) < 4e-3  # the published output is rounded to bf16
-
-
-def test_magicpig_seed_method_follows_the_published_steps():
-    """The method as a whole: bf16 centring by the middle's mean, one hash for all layers, a frozen middle."""
-    _, data = load(DATA / "magicpig_1.npz")
-    q, k = data["q_bf16"][None], data["k_bf16"].transpose(0, 1)[None]
-    method = magicpig.Method(K=8, L=75, mode="seed")
-    kv = KV.of(k, k)
-    middle = kv.between(kv.start + 4, kv.end - 64)
-    indices = [method.build(middle, kv, q[:, None], Ctx(layer, 1.0, kv.length, seed=3)) for layer in (1, 2)]
-    assert torch.equal(indices[0].w.tensor, indices[1].w.tensor)
-    mean = k[:, 4:-64].float().mean(1).to(k.dtype)
-    assert torch.equal(indices[0].mean, mean)
-    centred = (k - mean[:, None])[0].transpose(0, 1)
-    codes = hash_codes(centred, indices[0].w.tensor, 8).mT
-    assert torch.equal(indices[0].codes[0, ..., 4:-64], codes[..., 4:-64])
-    chosen = method.select(q, middle, indices[0], Ctx(1, 1.0, kv.length, seed=3))
-    hits = match_codes(hash_codes(q[0].view(2, 4, -1), indices[0].w.tensor, 8).flatten(0, 1)[None], codes[None])[0]
-    expected = hits[:, 4:-64] >= 2
-    assert torch.equal(chosen.count[0], expected.sum(-1))
-    assert not method.grows
-    assert magicpig.Method().grows
 
 
 def test_seed_and_default_flexprefill_run_end_to_end_and_differ():

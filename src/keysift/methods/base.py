@@ -10,7 +10,8 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from keysift.types import KV, one_of
+from keysift.ops.pages import Quota
+from keysift.types import KV, Ctx, Index, Side, State, one_of
 
 BLOCKS = (16, 32, 64, 128)
 
@@ -86,8 +87,39 @@ class PrefillMethod:
         check(self)
 
 
+class KeepsNothing:
+    """What a decode method without side data says."""
+
+    __slots__ = ()
+
+    @property
+    def top_p(self) -> float | None:
+        return None
+
+    def covers(self, keys: int) -> bool:
+        return keys <= 0
+
+    def sides(self, dim: int, dtype: torch.dtype) -> dict[str, Side]:
+        return {}
+
+    def states(self, kv_heads: int, dim: int, capacity: int) -> dict[str, State]:
+        return {}
+
+    def constants(self, kv_heads: int, dim: int, device: torch.device, ctx: Ctx) -> dict[str, Tensor]:
+        return {}
+
+    def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
+        return None
+
+    def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
+        return None
+
+    def scan_bytes(self, kv: KV, index: Index) -> Tensor | int:
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
-class DecodeMethod:
+class DecodeMethod(KeepsNothing):
     """Base of the methods that choose keys of the middle in decode."""
 
     paper: ClassVar[str]
@@ -97,32 +129,32 @@ class DecodeMethod:
     sinks: int = option(4, "first keys, always read", low=0)
     window: int = option(64, "last keys, always read", low=1)
     dense_layers: tuple[int, ...] = option((), DENSE_LAYERS, low=0)
+    dense_below: int | None = option(None, "fewer keys are all read; none: where that was measured as faster", low=0)
 
     def __post_init__(self) -> None:
         check(self)
-
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Any) -> Any | None:
-        return None
-
-    def append(self, index: Any, kv: KV, done: Tensor, ctx: Any) -> Any | None:
-        return index
-
-    def scan_bytes(self, kv: KV, index: Any) -> int:
-        return 0
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetedDecode(DecodeMethod):
-    """Base of the decode methods whose cost is a budget of keys."""
+    """Base of the decode methods whose cost is a budget: of keys, or of bytes."""
 
     keep: float | None = option(DEFAULT_KEEP, "share of the middle keys to read; 1 means dense", above=0, high=1)
     budget: int | None = option(None, "keys to read in all, sinks and window included, instead of keep", low=1)
+    keep_bytes: float | None = option(
+        None, "share of the middle's bytes to read, codes and the like included, instead of keep", above=0, high=1
+    )
+    top_p: float | None = option(
+        None, "read the values only of the fewest chosen keys that have this share of their weight", above=0, high=1
+    )
 
     def __post_init__(self) -> None:
         check(self)
-        if self.budget is not None and self.keep not in (None, DEFAULT_KEEP):
-            raise ValueError(f"keep={self.keep} and budget={self.budget}: give one of them")
-        if self.budget is None and self.keep is None:
+        given = [n for n in ("budget", "keep_bytes") if getattr(self, n) is not None]
+        given = ["keep"] * (self.keep not in (None, DEFAULT_KEEP)) + given
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(f'{n}={getattr(self, n)}' for n in given)}: give one of them")
+        if not given and self.keep is None:
             raise ValueError("keep and budget are both none: give one of them")
         if self.budget is not None and self.budget <= self.sinks + self.window:
             raise ValueError(
@@ -130,26 +162,36 @@ class BudgetedDecode(DecodeMethod):
                 " raise budget or lower sinks or window"
             )
 
-    def count(self, length: Tensor) -> Tensor:
-        """Middle keys to read where there are ``length``: at least one, at most all, int64 like ``length``."""
-        if self.keep is not None and self.budget is None:
-            wanted = (self.keep * length).long()
-        else:
-            wanted = torch.full_like(length, (self.budget or 0) - self.sinks - self.window)
-        return torch.minimum(wanted.clamp(min=1), length)
+    def quota(self, q_BHD: Tensor, kv: KV) -> Quota:
+        """How many of the middle's keys one selection may take.
 
-    def reads_all(self, length: Tensor) -> bool:
-        """Whether the budget covers every sequence's middle."""
-        return bool((self.count(length) >= length).all())
+        Raises:
+            ValueError: keep_bytes does not even pay for what is read to choose.
+        """
+        if self.budget is not None:
+            return Quota(keys=self.budget - self.sinks - self.window)
+        if self.keep_bytes is None:
+            return Quota(share=self.keep or 0.0)
+        scanned = self.scanned_share(kv)
+        if self.keep_bytes <= scanned:
+            raise ValueError(f"keep_bytes={self.keep_bytes}: to choose alone takes {scanned:.3f} of the bytes")
+        return Quota(share=(self.keep_bytes - scanned) / self.lists(q_BHD.shape[1] // kv.k.shape[2]))
 
+    def lists(self, group: int) -> int:
+        """Selections that a KV head of so many query heads reads: one, or one for each."""
+        return 1
 
-def grown(buffer: Tensor, dim: int, size: int) -> Tensor:
-    """``buffer`` with room for ``size`` entries along ``dim``: itself, or a copy a quarter larger, its rest zero."""
-    have = buffer.shape[dim]
-    if have >= size:
-        return buffer
-    shape = list(buffer.shape)
-    shape[dim] = max(size, have + have // 4)
-    larger = buffer.new_zeros(shape)
-    larger.narrow(dim, 0, have).copy_(buffer)
-    return larger
+    def scanned_share(self, kv: KV) -> float:
+        """Bytes that are read of every key to choose, as a share of those of its key and value."""
+        row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
+        sides = self.sides(kv.k.shape[-1], kv.k.dtype).values()
+        return sum(math.prod(s.shape) * s.dtype.itemsize / s.unit for s in sides) / row
+
+    def most(self, keys: int) -> int:
+        """Keys that a selection takes at most from a middle of so many, as the host knows."""
+        share = self.keep if self.keep_bytes is None else self.keep_bytes
+        wanted = int((share or 0.0) * keys) if self.budget is None else self.budget - self.sinks - self.window
+        return min(max(wanted, 1), keys)
+
+    def covers(self, keys: int) -> bool:
+        return keys <= 0 or (self.most(keys) >= keys and self.keep_bytes in (None, 1.0))

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from keysift.types import KV, BlockMask, Ctx, Selection
+from keysift.methods.base import KeepsNothing
+from keysift.types import KV, BlockMask, Ctx, Index, Selection
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Method(KeepsNothing):
     """Reads every key; exact."""
 
     paper: ClassVar[str] = "arXiv:1706.03762"
@@ -21,6 +22,7 @@ class Method:
     window: ClassVar[int] = 1
     tail: ClassVar[int] = 0
     grows: ClassVar[bool] = True
+    dense_below: ClassVar[int | None] = 0
 
     def plan(self, q_BTHD: Tensor, kv: KV, ctx: Ctx) -> None:
         return None
@@ -28,14 +30,8 @@ class Method:
     def mask(self, plan: None, blocks: range) -> BlockMask:
         raise AssertionError("dense has no mask")
 
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
-        return None
+    def covers(self, keys: int) -> bool:
+        return True
 
-    def append(self, index: None, kv: KV, done: Tensor, ctx: Ctx) -> None:
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:
         return None
-
-    def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection | None:
-        return None
-
-    def scan_bytes(self, kv: KV, index: None) -> int:
-        return 0

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from keysift.methods.base import DENSE_LAYERS, DecodeMethod, grown, option
-from keysift.ops.codes import MAX_BITS, collision_log_probability, hash_codes, match_codes, projections
-from keysift.ops.heads import group, per_query_head
-from keysift.types import KV, Ctx, Selection
+from keysift.methods.base import DENSE_LAYERS, DecodeMethod, check, option
+from keysift.ops.codes import (
+    MAX_BITS,
+    UNIT,
+    WORDS,
+    collision_table,
+    collisions,
+    directions,
+    hash_planes,
+    hash_query,
+    mean_key,
+    projections,
+    thresholds,
+)
+from keysift.ops.pool import WORD, words_of
+from keysift.types import KV, Ctx, Index, Law, Selection, Side, State
 
-HASH_ROWS = 2048  # keys hashed at a time, which bounds the float products
+KEPT = {  # share of the keys that the authors' settings of K and L read
+    (10, 150): 0.02,
+    (10, 170): 0.025,
+    (10, 200): 0.03,
+    (9, 120): 0.04,
+    (8, 75): 0.05,
+    (10, 300): 0.06,
+    (7, 75): 0.14,
+}
+LAYERS = 128  # whose directions are remembered from one run to the next
 
 
-class Shared(NamedTuple):
-    """A tensor that all sequences share (no batch dimension)."""
-
-    tensor: Tensor
-
-
-class Index(NamedTuple):
-    """Codes of the keys after centring.
-
-    Attributes:
-        codes: int16 ``[B, K, L, S]``, by buffer row; rows outside the middle are undefined.
-        mean: what every key is centred with, ``[B, K, D]``.
-        w: hash directions, ``[K, D, L * bits]``.
-    """
-
-    codes: Tensor
-    mean: Tensor
-    w: Shared
-
-
-class CollisionLaw(NamedTuple):
-    """Weight 1 / u: u the probability that a key with this angle to the query collides in at least two tables."""
-
-    mean: Tensor
-    bits: int
-    tables: int
-    floor: float
-
-    def log_w(self, q_BHD: Tensor, k_BHRD: Tensor) -> Tensor:
-        centred = k_BHRD - per_query_head(self.mean.float(), q_BHD.shape[1], 1)[:, :, None]
-        cosine = torch.nn.functional.cosine_similarity(q_BHD.float()[:, :, None], centred, dim=-1)
-        return -collision_log_probability(cosine, self.bits, self.tables, self.floor)
+@functools.lru_cache(maxsize=LAYERS)
+def _directions(seed: int, layer: int, kv_heads: int, dim: int, bits: int, count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return directions(projections(seed, layer, kv_heads, dim, bits * count, device), bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,60 +53,95 @@ class Method(DecodeMethod):
     dense_layers: tuple[int, ...] = option((0, 16, 32, 48, 64), DENSE_LAYERS, low=0)
     K: int = option(10, "bits a table; 0 means dense", low=0, high=MAX_BITS)
     L: int = option(150, "tables; (K, L) = (10, 150) reads about 2% of the keys, (8, 75) about 5%", low=2)
+    keep: float | None = option(
+        None, "share of the keys to read, by the nearest of the authors' settings, instead of K and L", above=0, high=1
+    )
+    pool: int | None = option(
+        512,
+        "bits that the tables draw theirs from, a multiple of 32; none, and mode=seed, give each table bits of its own,"
+        " and so does a pool of K * L bits or more, or of less than 8/5 L",
+        low=WORD,
+    )
     mode: str = option(
         "default", "default, or seed: one hash for all layers, 1e-4 added to u", choices=("default", "seed")
     )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.keep is not None and (self.K, self.L) != (10, 150):
+            raise ValueError(f"keep={self.keep} and K={self.K},L={self.L}: give keep, or K and L")
+        if self.pool is not None and self.pool % WORD:
+            raise ValueError(f"pool={self.pool}: must be a multiple of {WORD}")
+
+    @property
+    def hashes(self) -> tuple[int, int]:
+        """Bits a table, and tables."""
+        if self.keep is None:
+            return self.K, self.L
+        share = self.keep
+        return min(KEPT, key=lambda setting: abs(KEPT[setting] - share))
+
+    @property
+    def pooled(self) -> int | None:
+        """Bits of the pool, where there is one."""
+        bits, tables = self.hashes
+        if self.pool is None or self.mode == "seed" or self.pool >= bits * tables:
+            return None
+        return self.pool if words_of(tables, self.pool) else None
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """Bits of a code, and codes: those of the tables, or the words of the pool."""
+        pool = self.pooled
+        return self.hashes if pool is None else (WORD, pool // WORD)
 
     @property
     def grows(self) -> bool:  # type: ignore[override]
         """The authors never hash generated tokens; the default does, once they leave the window."""
         return self.mode == "default"
 
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index | None:
-        if self.K == 0:
-            return None
-        batch, rows, kv_heads, dim = kv.k.shape
-        mean = self._mean(kv, prompt)
-        hashes = (ctx.layer, kv_heads) if self.mode == "default" else (0, 1)
-        w = projections(ctx.seed, *hashes, dim, self.K * self.L, kv.k.device)
-        if self.mode == "seed":
-            mean, w = mean.to(kv.k.dtype), w.to(kv.k.dtype)
-        codes = torch.zeros(batch, kv_heads, self.L, rows, dtype=torch.int16, device=kv.k.device)
-        return self.append(Index(codes, mean, Shared(w)), kv, kv.start, ctx)
+    def covers(self, keys: int) -> bool:
+        return self.K == 0 or keys <= 0
 
-    def append(self, index: Index | None, kv: KV, done: Tensor, ctx: Ctx) -> Index | None:
-        if index is None:
-            return None
-        codes = grown(index.codes, 3, kv.k.shape[1])
-        first, last = int(torch.maximum(done, kv.start).min()), int(kv.end.max())
-        for lo in range(first, last, HASH_ROWS):
-            rows = slice(lo, min(lo + HASH_ROWS, last))
-            centred = kv.k[:, rows].transpose(1, 2) - index.mean[:, :, None].to(self._centring(kv))
-            codes[..., rows] = hash_codes(centred, index.w.tensor, self.K).transpose(2, 3)
-        return index._replace(codes=codes)
+    def sides(self, dim: int, dtype: torch.dtype) -> dict[str, Side]:
+        """The codes, in bit planes."""
+        bits, count = self.codes
+        return {"planes": Side(UNIT, (bits * count, WORDS), torch.int32)}
 
-    def _mean(self, kv: KV, prompt: KV) -> Tensor:
-        """Mean key to centre with: the authors' over the middle; ours over the prompt less its sinks (or all of it, if
-        it has no more), which does not depend on when a sequence of a batch gets a middle."""
+    def states(self, kv_heads: int, dim: int, capacity: int) -> dict[str, State]:
+        """The mean key, and what it hashes to."""
+        bits, count = self.codes
+        return {
+            "mean": State((kv_heads, dim), torch.float32),
+            "threshold": State((kv_heads, bits * count), torch.float32),
+        }
+
+    def constants(self, kv_heads: int, dim: int, device: torch.device, ctx: Ctx) -> dict[str, Tensor]:
+        """Directions of the layer's hashes, and the weights of keys by their angle to the query."""
+        layer, heads = (ctx.layer, kv_heads) if self.mode == "default" else (0, 1)
+        law = collision_table(*self.hashes, floor=0.0 if self.mode == "default" else 1e-4, pool=self.pooled)
+        return {"w": _directions(ctx.seed, layer, heads, dim, *self.codes, device), "law": law.to(device)}
+
+    def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
+        """Fix the mean key to centre with: the authors' over the middle; ours over the prompt less its sinks (or all
+        of it, if it has no more), which does not depend on when a sequence of a batch gets a middle."""
         if self.mode == "default":
             kv = prompt.between(prompt.start + torch.where(prompt.length > self.sinks, self.sinks, 0), prompt.end)
-        outside = ~kv.contains()[..., None, None]
-        return kv.k.float().masked_fill(outside, 0).sum(1) / kv.length.clamp(min=1)[:, None, None]
+        mean = mean_key(kv)
+        index["mean"].copy_(mean if self.mode == "default" else mean.to(kv.k.dtype))
+        index["threshold"].copy_(thresholds(index["mean"], index["w"]))
 
-    def _centring(self, kv: KV) -> torch.dtype:
-        return kv.k.dtype if self.mode == "seed" else torch.float32
+    def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
+        threshold = index["threshold"] if self.mode == "default" else None
+        hash_planes(index["planes"], kv, index["mean"], threshold, index["w"], done, most)
 
-    def select(self, q_BHD: Tensor, kv: KV, index: Index | None, ctx: Ctx) -> Selection | None:
-        if index is None:
-            return None
-        q = group(q_BHD, kv.k.shape[2], 1)
-        hits = match_codes(hash_codes(q, index.w.tensor, self.K).flatten(1, 2), index.codes[..., : kv.k.shape[1]])
-        floor = 1e-4 if self.mode == "seed" else 0.0
-        law = CollisionLaw(index.mean, self.K, self.L, floor)
-        return Selection.of((hits >= 2) & kv.contains()[:, None], law)
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
+        codes = hash_query(q_BHD, index["w"], self.codes[0])
+        law = Law(index["mean"], index["law"])
+        bits, tables = self.hashes
+        return collisions(codes, index["planes"], kv, bits, law, None if self.pooled is None else tables)
 
-    def scan_bytes(self, kv: KV, index: Index | None) -> int:
-        """A code of every key and table, as they are stored."""
-        if index is None:
-            return 0
-        return int(kv.length.sum()) * kv.k.shape[2] * self.L * index.codes.element_size()
+    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+        """The bits of every key, as they are stored."""
+        _, kv_heads, _, columns, _ = index["planes"].shape
+        return kv.length.sum() * (kv_heads * columns) // 8

@@ -11,7 +11,8 @@ from torch import Tensor
 from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
 from keysift.methods.topk import all_keys_bytes, exact_scores
 from keysift.ops.random import uniform
-from keysift.types import KV, Ctx, Selection
+from keysift.ops.select import listed
+from keysift.types import KV, Ctx, Index, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +23,26 @@ class Method(BudgetedDecode):
 
     dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
 
-    def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection | None:
-        if self.reads_all(kv.length):
-            return None
+    def lists(self, group: int) -> int:
+        return group
+
+    def scanned_share(self, kv: KV) -> float:
+        return kv.k.shape[-1] / (kv.k.shape[-1] + kv.v.shape[-1])
+
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
         weight = exact_scores(q_BHD, kv, ctx.scale).double().softmax(-1).nan_to_num(0)  # an empty middle has no weights
-        draws = self.count(kv.length)
+        draws = self.quota(q_BHD, kv).of(kv.length)
         cumulative = weight.cumsum(-1)
         head = torch.arange(q_BHD.shape[1], device=q_BHD.device)[:, None]
-        draw = torch.arange(int(draws.max()), device=q_BHD.device)
+        most = max(1, self.most(kv.bound))
+        draw = torch.arange(most, device=q_BHD.device)
         u = uniform(ctx.seed, ctx.layer, ctx.positions[:, None, None], head, draw).double() * cumulative[..., -1:]
         drawn = torch.searchsorted(cumulative, u).clamp(max=weight.shape[-1] - 1)
         counts = (draw < draws[:, None, None]).double().expand(u.shape)
         times = torch.zeros_like(weight).scatter_add_(-1, drawn, counts)
         log_w = (times / (draws[:, None, None] * weight)).log().float()
-        return Selection.of(times > 0, log_w)
+        rows, count = listed(times > 0, most)
+        return Selection(rows, count, log_w.gather(-1, rows.long()))
 
-    def scan_bytes(self, kv: KV, index: None) -> int:
+    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
         return all_keys_bytes(kv)

@@ -3,61 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, grown, option
-from keysift.ops.pages import page_bounds, page_scores
-from keysift.ops.select import top_k
-from keysift.types import KV, Ctx, Selection
+from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
+from keysift.ops.pages import PER, extend_bounds, page_scores_lse, top_pages
+from keysift.types import KV, Ctx, Index, Selection, Side
 
-
-class Index(NamedTuple):
-    """Bounds of the keys of each page, fp32 ``[B, K, P, D]``; pages count from the first row of the middle."""
-
-    low: Tensor
-    high: Tensor
+PAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Method(BudgetedDecode):
-    """Quest: reads the pages whose keys' elementwise bounds allow the highest q.k."""
+    """Quest: reads the pages whose keys' elementwise bounds allow the highest q.k.
+
+    The paper chooses for each query head. One choice for a KV head's group reads every row once for all its heads.
+    """
 
     paper: ClassVar[str] = "arXiv:2406.10774"
 
     dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
-    page: int = option(16, "keys a page", low=1)
+    page: int = option(16, "keys a page", choices=PAGES)
+    per: str = option("kv_head", "whose heads choose pages: all that share keys together, or each its own", choices=PER)
 
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index:
-        return Index(*page_bounds(kv, self.page, self._pages(kv)))
+    def lists(self, group: int) -> int:
+        return group if self.per == "query_head" else 1
 
-    def append(self, index: Index, kv: KV, done: Tensor, ctx: Ctx) -> Index:
-        first = (done - kv.start).clamp(min=0) // self.page  # each sequence's first page that is not complete
-        new = self._pages(kv.between(kv.start + first * self.page, kv.end))
-        slots = (first[:, None] + torch.arange(new, device=first.device))[:, None, :, None]
-        low, high = (grown(x, 2, int(first.max()) + new) for x in index)
-        bounds = page_bounds(kv.between(kv.start + first * self.page, kv.end), self.page, new)
-        for kept, fresh in zip((low, high), bounds, strict=True):
-            kept.scatter_(2, slots.expand_as(fresh), fresh)
-        return Index(low, high)
+    def sides(self, dim: int, dtype: torch.dtype) -> dict[str, Side]:
+        return {"bounds": Side(self.page, (2, dim), dtype)}
 
-    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:
-        if self.reads_all(kv.length):
-            return None
-        pages = self._pages(kv)
-        score = page_scores(q_BHD, index.low[:, :, :pages], index.high[:, :, :pages])
-        count = (self.count(kv.length) // self.page).clamp(min=1)
-        best = top_k(score, count[:, None])
-        page_of_row = (torch.arange(kv.k.shape[1], device=q_BHD.device) - kv.start[:, None]) // self.page
-        row_chosen = best.gather(-1, page_of_row.clamp(0, pages - 1)[:, None].expand(-1, best.shape[1], -1))
-        return Selection.of(row_chosen & kv.contains()[:, None])
+    def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
+        extend_bounds(index["bounds"], kv, self.page, done, most)
 
-    def scan_bytes(self, kv: KV, index: Index) -> int:
-        """Both bounds of every page."""
-        pages = int((-(-kv.length // self.page)).sum())
-        return 2 * pages * kv.k.shape[2] * kv.k.shape[3] * index.low.element_size()
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
+        most_pages = max(1, self.most(kv.bound) // self.page)
+        score, lse = page_scores_lse(q_BHD, index["bounds"], kv, self.page, ctx.scale)
+        return top_pages(score, kv, self.page, self.quota(q_BHD, kv), most_pages, self.per, lse)
 
-    def _pages(self, kv: KV) -> int:
-        return -(-int(kv.length.max()) // self.page)
+    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+        """Both bounds of every page that holds a key of the middle."""
+        first = (kv.start - kv.first) // self.page
+        last = (kv.end - kv.first - 1) // self.page
+        pages = (last - first + 1).where(kv.length > 0, 0).sum()
+        return pages * (2 * kv.k.shape[2] * kv.k.shape[3] * index["bounds"].element_size())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,9 @@ from torch import Tensor
 from keysift.methods.base import BudgetedDecode, option
 from keysift.ops.heads import group
 from keysift.ops.select import top_k
-from keysift.types import KV, Ctx, Selection
+from keysift.types import KV, Ctx, Index, Selection, State
 
 DEFAULT_BUDGET = 1024
-
-
-class Index(NamedTuple):
-    """The kept rows of each KV head, int64 ``[B, K, R]``, with their count ``[B, K]``."""
-
-    rows: Tensor
-    count: Tensor  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +43,19 @@ class Method(BudgetedDecode):
     def tail(self) -> int:  # type: ignore[override]
         return self.window
 
-    def build(self, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Index:
-        middle = kv.contains()[:, None]
+    def states(self, kv_heads: int, dim: int, capacity: int) -> dict[str, State]:
+        """The kept rows of each KV head, and how many."""
+        kept = max(1, self.most(capacity))
+        return {"rows": State((kv_heads, kept), torch.int32), "count": State((kv_heads,), torch.int32)}
+
+    def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
+        kv, prompt, middle = kv.unpaged(), prompt.unpaged(), kv.contains()[:, None]
         votes = torch.stack([self._votes(h, prompt, tail_q_BTHD, ctx) for h in range(kv.k.shape[2])], 1)
         pooled = F.avg_pool1d(votes.masked_fill(~middle, 0), self.kernel, stride=1, padding=self.kernel // 2)
-        chosen = Selection.of(top_k(pooled.masked_fill(~middle, -torch.inf), self.count(kv.length)[:, None]))
-        return Index(chosen.rows, chosen.count)
+        count = self.quota(tail_q_BTHD[:, 0], kv).of(kv.length)[:, None]
+        chosen = Selection.of(top_k(pooled.masked_fill(~middle, -torch.inf), count))
+        index["rows"][..., : chosen.rows.shape[-1]] = chosen.rows
+        index["count"].copy_(chosen.count)
 
     def _votes(self, kv_head: int, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Tensor:
         """Attention that the tail's queries of one group pay to each row, summed, fp32 ``[B, S]``."""
@@ -66,7 +66,5 @@ class Method(BudgetedDecode):
         hidden = (row < prompt.start[:, None, None]) | (row >= (prompt.end[:, None] - later)[..., None])
         return score.masked_fill(hidden[:, None], -torch.inf).softmax(-1).nan_to_num(0).sum((1, 2))
 
-    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:
-        if self.reads_all(kv.length):
-            return None
-        return Selection(index.rows, index.count)
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
+        return Selection(index["rows"], index["count"])

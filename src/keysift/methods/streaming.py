@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keysift.methods.base import BLOCKS, DENSE_LAYERS, DecodeMethod, check, option
 from keysift.ops.lists import block_lists
-from keysift.types import KV, BlockMask, Ctx, Selection
+from keysift.types import KV, BlockMask, Ctx, Index, Selection
 
 DEFAULT_WINDOW = 1008
 
@@ -59,7 +59,7 @@ class Method(DecodeMethod):
         active = (sink | recent) & (column <= query)
         return block_lists(active.expand(plan.batch, plan.heads, *active.shape), self.block, blocks.start)
 
-    def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection:
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
         batch, kv_heads = q_BHD.shape[0], kv.k.shape[2]
         none = torch.zeros(batch, kv_heads, 0, dtype=torch.int64, device=q_BHD.device)
         return Selection(none, none.sum(-1))

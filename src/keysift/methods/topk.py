@@ -10,20 +10,20 @@ from torch import Tensor
 
 from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
 from keysift.ops.heads import group
-from keysift.ops.select import top_k
-from keysift.types import KV, Ctx, Selection
+from keysift.ops.select import select_top
+from keysift.types import KV, Ctx, Index, Selection
 
 
 def exact_scores(q_BHD: Tensor, kv: KV, scale: float) -> Tensor:
     """q.k * scale for every row of the buffer, fp32 ``[B, H, S]``; -inf outside the view."""
     q = group(q_BHD.float(), kv.k.shape[2], 1)
-    score = torch.einsum("bkgd,bskd->bkgs", q, kv.k.float()).flatten(1, 2) * scale
+    score = torch.einsum("bkgd,bskd->bkgs", q, kv.unpaged().k.float()).flatten(1, 2) * scale
     return score.masked_fill(~kv.contains()[:, None], -torch.inf)
 
 
-def all_keys_bytes(kv: KV) -> int:
+def all_keys_bytes(kv: KV) -> Tensor:
     """Bytes that the exact scores read."""
-    return int(kv.length.sum()) * kv.k.shape[2] * kv.k.shape[3] * kv.k.element_size()
+    return kv.length.sum() * (kv.k.shape[2] * kv.k.shape[3] * kv.k.element_size())
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,15 @@ class Method(BudgetedDecode):
 
     dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
 
-    def select(self, q_BHD: Tensor, kv: KV, index: None, ctx: Ctx) -> Selection | None:
-        if self.reads_all(kv.length):
-            return None
-        return Selection.of(top_k(exact_scores(q_BHD, kv, ctx.scale), self.count(kv.length)[:, None]))
+    def lists(self, group: int) -> int:
+        return group
 
-    def scan_bytes(self, kv: KV, index: None) -> int:
+    def scanned_share(self, kv: KV) -> float:
+        return kv.k.shape[-1] / (kv.k.shape[-1] + kv.v.shape[-1])
+
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
+        score = exact_scores(q_BHD, kv, ctx.scale)
+        return Selection(*select_top(score, self.quota(q_BHD, kv).of(kv.length), self.most(kv.bound)))
+
+    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
         return all_keys_bytes(kv)
