@@ -134,7 +134,7 @@ def prefill(
         interrupted = True
     finish(data, file, lambda: print_prefill(rows, setup), as_json)
     if file is not None:
-        picture(rows, data, setup, file.with_suffix(".png"))
+        picture(lambda: draw_prefill(rows, title(setup, data)), file.with_suffix(".png"))
     end(rows, interrupted)
 
 
@@ -340,11 +340,11 @@ def finish(data: dict[str, Any], file: Path | None, show: Callable[[], None], as
         note(f"wrote {file}")
 
 
-def picture(rows: Sequence[attention.Row], data: dict[str, Any], setup: attention.Setup, file: Path) -> None:
+def picture(draw: Callable[[], bytes | None], file: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         return note("no picture: it needs matplotlib: pip install 'keysift[plot]'")
     try:
-        png = draw_prefill(rows, title(setup, data))
+        png = draw()
         if png is not None:
             file.write_bytes(png)
             note(f"wrote {file}")
@@ -404,12 +404,14 @@ def print_first_token(rows: Sequence[ttft.Row], remark: str | None) -> None:
 def print_reasons(rows: Sequence[Any]) -> None:
     for row in rows:
         if row.reason:
-            print(f"{row.length:,} {row.method}{on_backend(row)}: {row.reason}")
+            print(f"{case(row)}: {row.reason}")
 
 
-def on_backend(row: Any) -> str:
+def case(row: Any) -> str:
+    """What a row measured, in words."""
+    size = f"{row.batch}x{row.context}" if hasattr(row, "context") else f"{row.length:,}"
     backend = getattr(row, "backend", "auto")
-    return "" if backend == "auto" else f" on {backend}"
+    return f"{size} {row.method}" + ("" if backend == "auto" else f" on {backend}")
 
 
 def end(rows: Sequence[Any], interrupted: bool) -> None:
@@ -419,8 +421,7 @@ def end(rows: Sequence[Any], interrupted: bool) -> None:
         raise Exit(INTERRUPTED)
     if bad := [row for row in rows if row.status in ("wrong", "failed")]:
         first = bad[0]
-        where = f"{first.length:,} {first.method}{on_backend(first)}"
-        note(f"{len(bad)} of {len(rows)} rows have no speed, the first: {where}: {first.reason}")
+        note(f"{len(bad)} of {len(rows)} rows have no speed, the first: {case(first)}: {first.reason}")
         raise Exit(1)
 
 
