@@ -84,7 +84,7 @@ def errors(method, q, k, v, seeds):
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.05, 0.05), (0.1, 0.1), (0.2, 0.3)])
 @pytest.mark.parametrize("by", ["exact", "signbits"])
 def test_the_error_exceeds_epsilon_no_more_often_than_delta(epsilon, delta, by):
-    error, kept = errors(verified(epsilon=epsilon, delta=delta, by=by), *inputs(2000, heads=8, batch=2), seeds=8)
+    error, kept = errors(verified(epsilon=epsilon, risk=delta, by=by), *inputs(2000, heads=8, batch=2), seeds=8)
     assert len(error) == 128
     assert kept < 0.75
     assert float((error > epsilon).float().mean()) <= delta + 2 * math.sqrt(delta * (1 - delta) / 128)
@@ -176,7 +176,7 @@ def test_its_numbers_are_those_of_their_addresses():
 
 
 def test_it_says_what_it_cannot_do():
-    for options in ("epsilon=0", "delta=0.6", "base=0", "top=2", "by=quest", "bits=100"):
+    for options in ("epsilon=0", "risk=0.6", "base=0", "top=2", "by=quest", "bits=100"):
         with pytest.raises(ValueError, match=options.partition("=")[0]):
             methods.parse(f"verified:{options}", "decode")
 

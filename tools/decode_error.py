@@ -127,7 +127,7 @@ def figures(spec: str, layers: list[Layer], seeds: int, positions: int) -> dict[
         "mean": float(errors.mean()),
         "p90": float(errors.quantile(0.9)),
         "held": bound_held(errors, method),
-        "promised": None if bound_held(errors, method) is None else 1 - method.delta,
+        "promised": None if bound_held(errors, method) is None else 1 - method.risk,
     }
 
 

@@ -34,7 +34,7 @@ class Method(DecodeMethod):
 
     dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
     epsilon: float = option(0.1, "relative error of a head's output that is promised", above=0)
-    delta: float = option(0.1, "share of the outputs that may exceed it", above=0, high=0.5)
+    risk: float = option(0.1, "share of the outputs that may exceed it, the delta of the paper", above=0, high=0.5)
     top: float = option(0.02, "share of the middle keys, those with the highest scores, always read", low=0, high=1)
     base: float = option(0.02, "share of the other keys in the first sample", above=0, high=1)
     limit: float = option(0.5, "share of the other keys from which on all are read", above=0, high=1)
@@ -72,7 +72,7 @@ class Method(DecodeMethod):
         first = (LEAST / n.clamp(min=1)).clamp(min=self.base)
         sure = (around.contains()[:, None] & ~middle) | top
         v = kv.unpaged().v.masked_fill(~around.contains()[..., None, None], 0)
-        needed = sample_size(exact, v, sure, rest, rest & (u < first[..., None]), self.epsilon, self.delta)
+        needed = sample_size(exact, v, sure, rest, rest & (u < first[..., None]), self.epsilon, self.risk)
         rate = torch.maximum(needed / n.clamp(min=1), first)
         rate = torch.where(rate < self.limit, rate, 2.0)
         taken = rest & (u < rate[..., None])
