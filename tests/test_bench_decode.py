@@ -470,6 +470,6 @@ def test_noise_odd_dims_and_one_kv_head_a_head():
 
 
 def test_side_data_of_several_tokens_count_once_for_them():
-    assert decode._bytes_per_token(Side(16, (2, 64), torch.bfloat16)) == 16
-    assert decode._bytes_per_token(Side(1, (), torch.float16)) == 2
+    assert Side(16, (2, 64), torch.bfloat16).token_bytes == 16
+    assert Side(1, (), torch.float16).token_bytes == 2
     assert prefill.DENSE.sides(64, torch.float32) == {}

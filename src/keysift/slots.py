@@ -49,8 +49,7 @@ class Slots:
         Raises:
             ValueError: a page that is no power of two of 16 or more, or fewer pages than one sequence may need.
         """
-        if page < 16 or page & (page - 1):
-            raise ValueError(f"page={page}: choose 16, 32, 64, 128 or 256")
+        check_page(page)
         if pages <= pages_per_slot:
             raise ValueError(f"pages={pages}: a sequence may need {pages_per_slot}, and one page is nobody's")
         self.page, self.pages, self.in_one_piece = page, pages, False
@@ -299,6 +298,12 @@ class Slots:
         for tensor, value in ((self.start, start), (self.length, length), (self.prompt, prompt)):
             tensor[slot] = value
         self._views.clear()
+
+
+def check_page(page: int) -> None:
+    """Raise ValueError unless a page may have so many rows."""
+    if page < 16 or page & (page - 1):
+        raise ValueError(f"page={page}: choose 16, 32, 64, 128 or 256")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ D head dim, N keys of a view, R rows of a selection, Q query blocks of a mask, C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -292,6 +293,11 @@ class Side(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: float = 0.0
+
+    @property
+    def token_bytes(self) -> float:
+        """Of one token of one KV head."""
+        return math.prod(self.shape) * self.dtype.itemsize / self.unit
 
 
 class State(NamedTuple):

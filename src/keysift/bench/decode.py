@@ -26,7 +26,7 @@ from keysift.bench.prefill import DENSE, TOLERANCE, failure, median_ms
 from keysift.meter import Meter
 from keysift.methods import describe
 from keysift.ops.heads import group
-from keysift.types import KV, Decode, Law, Selection, Side
+from keysift.types import KV, Decode, Law, Selection
 
 L2_BYTES = 60 << 20  # the largest
 ROUND_BYTES = 4 * L2_BYTES  # what a round over all caches reads at least
@@ -175,7 +175,7 @@ def _measure_shape(setup: Setup, shape: Shape, methods: Sequence[Any], start: Ca
 def _fill(row: Row, setup: Setup, layers: Layers) -> None:
     """Check, then measure."""
     sides = layers.method.sides(setup.dim, setup.dtype).values()
-    row.side_share = sum(map(_bytes_per_token, sides)) / setup.row_bytes
+    row.side_share = sum(side.token_bytes for side in sides) / setup.row_bytes
     if layers.method != DENSE and layers.selection() is None:
         row.status, row.reason = "dense", "the method reads all keys"
     row.bytes_read = _examine(row, setup, layers)
@@ -191,10 +191,6 @@ def _fill(row: Row, setup: Setup, layers: Layers) -> None:
     if setup.on_gpu and row.caches * row.bytes_read < L2_BYTES:
         row.reason = f"{row.caches} caches take turns: part of what they read may have come from the L2 cache"
     _time(row, setup, layers)
-
-
-def _bytes_per_token(side: Side) -> float:
-    return torch.Size(side.shape).numel() * side.dtype.itemsize / side.unit
 
 
 def caches_for(setup: Setup, bytes_read: float, bytes_held: float) -> int:

@@ -21,7 +21,7 @@ from keysift.cache import Store
 from keysift.functional import NO_LAYER
 from keysift.meter import Meter
 from keysift.ops.heads import group
-from keysift.slots import Slots
+from keysift.slots import Slots, check_page
 from keysift.types import Ctx, Decode, Selection, check_seed, one_of
 
 ROOM = 512  # rows that a cache can take after the prompt
@@ -76,8 +76,7 @@ class Setup:
                 raise ValueError(f"{name}={value}: choose 1 or more")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} are not divisible by kv_heads={self.kv_heads}")
-        if self.page < 16 or self.page & (self.page - 1):
-            raise ValueError(f"page={self.page}: choose 16, 32, 64, 128 or 256")
+        check_page(self.page)
         if self.inputs == "structured" and (self.dim % 2 or self.dim < 32):
             raise ValueError(f"dim={self.dim}: structured inputs need an even dim of 32 or more; or --inputs random")
         if self.dtype not in TOLERANCE:

@@ -20,7 +20,7 @@ from keysift.bench.prefill import failure
 from keysift.hf import attach
 from keysift.hf.paged import PagedCache, StepGraph
 from keysift.methods import dense, describe
-from keysift.slots import Slots
+from keysift.slots import Slots, check_page
 from keysift.types import Ctx, check_seed
 
 DENSE = dense.Method()
@@ -47,8 +47,7 @@ class Setup:
         check_seed(self.seed)
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: choose 1 or more")
-        if self.page < 16 or self.page & (self.page - 1):
-            raise ValueError(f"page={self.page}: choose 16, 32, 64, 128 or 256")
+        check_page(self.page)
 
 
 @dataclass

@@ -21,7 +21,6 @@ from keysift.hf.cache import KVCache
 from keysift.methods.base import BLOCKS
 from keysift.ops.gather import gather_attention
 from keysift.ops.heads import per_query_head
-from keysift.ops.merge import merge
 from keysift.ops.select import cover
 from keysift.ops.vertical_slash import block_sum
 from keysift.types import KV, Ctx, Index, Selection
@@ -265,7 +264,7 @@ def look_at_step(heads: list[Head], q_BHD: Tensor, middle: KV, selection: Select
     position = int(ctx.positions[0])
     cached = middle._replace(start=torch.zeros_like(middle.start), length=ctx.positions + 1, spans=None)
     always = cached.contains() & ~middle.contains()
-    out = None if selection is None else attention_output(q_BHD, cached, always, selection, ctx.scale)
+    out = None if selection is None else gather_attention(q_BHD, cached, selection, ctx.scale, middle).out[0, 0]
     for head in heads:
         key_head = head.head // (q_BHD.shape[1] // cached.k.shape[2])
         k, v = (x[0, : position + 1, key_head].float() for x in (cached.k, cached.v))
@@ -283,13 +282,6 @@ def look_at_step(heads: list[Head], q_BHD: Tensor, middle: KV, selection: Select
             StepFigures(position, int(read.sum()), position + 1, covered, error, weighted, selection is None)
         )
         head.last_step = StepView(weight.cpu(), read.cpu(), fixed.cpu())
-
-
-def attention_output(q_BHD: Tensor, cached: KV, always: Tensor, selection: Selection, scale: float) -> Tensor:
-    """What ``attention.decode`` makes of a selection and the rows (bool ``[B, S]``) read besides, fp32 ``[H, Dv]``."""
-    exact = Selection.of(always[:, None].expand(-1, cached.k.shape[2], -1))
-    parts = (gather_attention(q_BHD, cached, rows, scale) for rows in (exact, selection))
-    return merge(*parts).out[0, 0]
 
 
 def chosen_rows(selection: Selection, head: int, num_heads: int, cached: int) -> Tensor:

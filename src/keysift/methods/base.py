@@ -184,8 +184,7 @@ class BudgetedDecode(DecodeMethod):
     def scanned_share(self, kv: KV) -> float:
         """Bytes that are read of every key to choose, as a share of those of its key and value."""
         row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
-        sides = self.sides(kv.k.shape[-1], kv.k.dtype).values()
-        return sum(math.prod(s.shape) * s.dtype.itemsize / s.unit for s in sides) / row
+        return sum(side.token_bytes for side in self.sides(kv.k.shape[-1], kv.k.dtype).values()) / row
 
     def most(self, keys: int) -> int:
         """Keys that a selection takes at most from a middle of so many, as the host knows."""
