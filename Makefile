@@ -4,9 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# The tests' tensors are small: more threads than this only wait for each other. Waiting threads must sleep, because where
-# cores are shared a thread that spins keeps the one it waits for from running, and everything takes ten times as long.
-TEST_THREADS ?= 2
+# Tests run in several processes (tests/conftest.py says how many). Their tensors are small: a second thread would only
+# wait for the first. Waiting threads must sleep, because where cores are shared a thread that spins keeps the one it waits
+# for from running, and everything takes ten times as long.
+TEST_WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help demo test test-fast lint clean
@@ -19,10 +21,10 @@ demo: $(STAMP)  ## answer questions on a long document: dense, FlexPrefill, Magi
 	@$(BIN)/python tools/demo.py
 
 test: $(STAMP)  ## all tests
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -q $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that take under two minutes together
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

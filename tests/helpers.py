@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,25 @@ TOLERANCE = {  # relative error ||out - ref|| / ||ref|| of an output against the
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,
 }
+
+
+class Clock:
+    """Stands in for the ``time`` of a module: only what is said to take time takes any, however busy the machine is."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6  # nothing takes none at all
+        return self.now
+
+    def slower(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        """The function, which now takes so long."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return wrapped
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -52,6 +73,16 @@ def structured_qkv(
 def pocket_queries_keys(tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Queries and keys of every layer of the shipped model on a document of facts to trace."""
     return list(of_pocket(tokens, "cpu"))
+
+
+def codes_in_common(q: Tensor, k: Tensor, w: Tensor, bits: int) -> Tensor:
+    """How many tables of SimHash give query and key one code, int64 ``[..., G, S]`` (arXiv:2410.16179).
+
+    Bit b of table l is the sign of ``x . w[:, l * bits + b]``, for queries ``[..., G, D]``, keys ``[..., S, D]`` and
+    directions ``[..., D, L * bits]``, whose leading dimensions matmul broadcasts.
+    """
+    q_code, k_code = ((x.float() @ w.float() > 0).unflatten(-1, (-1, bits)) for x in (q, k))
+    return (q_code[..., :, None, :, :] == k_code[..., None, :, :, :]).all(-1).sum(-1)
 
 
 def oracle(

@@ -14,16 +14,12 @@ from keysift.ops import fa4
 from keysift.ops.block_sparse import block_sparse_attention, block_sparse_attention_varlen
 from keysift.ops.dense import dense_attention, dense_attention_lse
 from keysift.types import KV, BlockMask
+from tests.devices import CUDA, DEVICES, ON_GPU
 from tests.helpers import close, generator, oracle
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 kernels = importlib.import_module("keysift.ops.block_sparse_triton")
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = triton.knobs.runtime.interpret and type(triton.language.max).__name__ == "InterpretedFunction"
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")]
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="triton was imported without its interpreter")
-DEVICES = [pytest.param("cpu", marks=IN_INTERPRETER), pytest.param("cuda", marks=ON_GPU)]
 BF16, FP16 = torch.bfloat16, torch.float16
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keysift.ops.block_sparse import _by_query_block, block_sparse_attention, block_sparse_attention_reference
-from keysift.ops.codes import collision_log_probability, hash_codes, match_codes, projections
+from keysift.ops.codes import collision_log_probability, projections
 from keysift.ops.coverage import mass_covered
 from keysift.ops.dense import dense_attention, dense_attention_reference
 from keysift.ops.gather import gather_attention
@@ -16,7 +16,7 @@ from keysift.ops.random import normal, uniform
 from keysift.ops.select import cover, top_k
 from keysift.ops.vertical_slash import last_queries_attention, vertical_slash_mass
 from keysift.types import KV, BlockMask, Partial, Selection
-from tests.helpers import close, generator, oracle, structured_qkv
+from tests.helpers import close, codes_in_common, generator, oracle, structured_qkv
 
 SHAPES = [(1, 1, 1), (1, 63, 4), (63, 63, 7), (100, 1025, 4), (37, 100, 1)]  # queries, keys, heads a group
 
@@ -181,7 +181,7 @@ def test_magicpig_law_matches_collision_rate():
     k = torch.zeros(5, dim)
     k[:, 0], k[:, 1] = angles.cos(), angles.sin()
     w = projections(0, 0, trials, dim, bits * tables, torch.device("cpu"))
-    hits = match_codes(hash_codes(q, w, bits)[:, None], hash_codes(k.expand(trials, -1, -1), w, bits).mT[:, None])
+    hits = codes_in_common(q[None, None], k[None], w, bits)
     rate = (hits[:, 0] >= 2).double().mean(0)
     law = collision_log_probability(angles.cos(), bits, tables).double().exp()
     assert ((rate - law).abs() < 4.5 * (law * (1 - law) / trials).sqrt() + 1e-3).all()
@@ -202,15 +202,6 @@ def test_collision_probability_keeps_its_digits_where_it_is_tiny():
         collision_log_probability(cosine, 10, 150), math.log(150 * 149 / 2) + 2 * math.log(r), rel_tol=1e-3
     )
     assert torch.isfinite(collision_log_probability(torch.tensor([-1.0, 1.0, 1.0001]), 10, 150)).all()
-
-
-def test_hash_codes_are_the_sign_bits():
-    x, w = torch.randn(3, 5, generator=generator(0)), torch.randn(5, 6, generator=generator(1))
-    bits = (x @ w > 0).int()
-    expected = torch.stack(
-        [bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2], bits[:, 3] + 2 * bits[:, 4] + 4 * bits[:, 5]], 1
-    )
-    assert torch.equal(hash_codes(x, w, 3), expected.to(torch.int16))
 
 
 def test_cover_takes_the_fewest_that_reach_the_share():

@@ -12,18 +12,12 @@ from keysift.ops.flex_seed import PooledRows, flex_search_seed, flex_search_seed
 from keysift.ops.lists import block_lists
 from keysift.ops.vertical_slash import block_sum, last_queries_attention
 from keysift.types import KV, BlockMask, Ctx
+from tests.devices import ANYWHERE, CUDA, DEVICE, ON_GPU, QUIET
 from tests.helpers import generator, structured_qkv
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
-CUDA = torch.cuda.is_available()
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # on masked lanes too
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")]
-kernels = pytest.mark.skipif(
-    not CUDA and type(triton.language.max).__name__ != "InterpretedFunction",
-    reason="triton was imported without its interpreter, and there is no CUDA device",
-)
-DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = QUIET
 GOLDEN = sorted((Path(__file__).parent / "data").glob("flexprefill_*.npz"))
 SHAPES = [  # tokens, heads, KV heads, head dim, block, sequences, dtype
     (40, 1, 1, 16, 64, 1, torch.float32),
@@ -96,7 +90,7 @@ def profiles(q, k, block):
     return _profiles(q, k, block, tiles, q.shape[3] ** -0.5, None)
 
 
-@kernels
+@ANYWHERE
 @pytest.mark.parametrize("shape", slow_but(SHAPES, 0, 1, 2), ids=str)
 def test_profiles_are_the_last_blocks_attention_by_column_and_by_offset(shape):
     q, k, block = inputs(shape)
@@ -114,7 +108,7 @@ def test_profiles_are_the_last_blocks_attention_by_column_and_by_offset(shape):
     assert torch.allclose(by_block[:, :, 1], block_sum(far_first, block).flip(-1), atol=1e-6)
 
 
-@kernels
+@ANYWHERE
 @pytest.mark.parametrize("shape", slow_but(SHAPES, 0), ids=str)
 @pytest.mark.parametrize("tau", [0.0, 0.2])
 def test_kernels_choose_the_references_blocks(shape, tau):
@@ -131,7 +125,7 @@ def test_shapes_cover_both_branches():
     assert 0.2 < share < 0.8
 
 
-@kernels
+@ANYWHERE
 @pytest.mark.slow
 def test_budgets_hold_in_both_branches():
     q, k, block = inputs((400, 4, 2, 32, 16, 1, torch.float32))
@@ -141,7 +135,7 @@ def test_budgets_hold_in_both_branches():
         assert plan.query_aware.all() == (tau == 1)
 
 
-@kernels
+@ANYWHERE
 @pytest.mark.slow
 def test_an_underflow_in_the_pattern_test_means_vertical_slash():
     q, k, block = inputs((260, 2, 2, 16, 32, 1, torch.float32))
@@ -151,7 +145,7 @@ def test_an_underflow_in_the_pattern_test_means_vertical_slash():
     assert torch.equal(plan.query_aware, flex_search_seed_reference(q, k, 0.9, 1.0, 1, None, block).query_aware)
 
 
-@kernels
+@ANYWHERE
 @pytest.mark.slow
 @pytest.mark.parametrize("path", GOLDEN[-1:], ids=lambda p: p.stem)
 def test_kernels_choose_the_published_blocks(path):
@@ -159,7 +153,7 @@ def test_kernels_choose_the_published_blocks(path):
     assert torch.equal(everything(flex_search_seed(q, k, **options, backend="triton"))[0], expected)
 
 
-@kernels
+@ANYWHERE
 @pytest.mark.slow
 def test_strides_do_not_matter_and_runs_repeat():
     q, k, block = inputs((150, 2, 1, 32, 16, 2, torch.float32))
@@ -194,10 +188,8 @@ def assert_same_lists(active, block, first):
     assert torch.equal(made.active(active.shape[-1]), expected.active(active.shape[-1]))
 
 
-@kernels
-@pytest.mark.parametrize(
-    ("rows", "columns", "first"), [(1, 1, 0), (5, 9, 4), (6, 6, 0), (3, 40, 20), (4, 7, 3)], ids=str
-)
+@ANYWHERE
+@pytest.mark.parametrize(("rows", "columns", "first"), [(1, 1, 0), (5, 9, 4), (6, 6, 0), (3, 40, 20)], ids=str)
 def test_lists_hold_what_block_mask_of_puts_there(rows, columns, first):
     active = torch.rand(2, 3, rows, columns, generator=generator(rows)).to(DEVICE) < 0.5
     active[0, 0, 0] = False
@@ -208,7 +200,7 @@ def test_lists_hold_what_block_mask_of_puts_there(rows, columns, first):
     assert_same_lists(torch.ones_like(active), 16, first)
 
 
-@kernels
+@ANYWHERE
 def test_lists_longer_than_a_tile_are_whole(monkeypatch):
     monkeypatch.setattr("keysift.ops.lists_triton.MAX_TILE", 16)
     active = torch.rand(1, 2, 4, 60, generator=generator(0)).to(DEVICE) < 0.3
@@ -223,7 +215,7 @@ def test_block_lists_on_a_cpu_are_block_mask_of():
 
 
 class TestOnGpu:
-    pytestmark = gpu
+    pytestmark = ON_GPU
 
     @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
     def test_kernels_choose_the_published_blocks(self, path):

@@ -7,19 +7,13 @@ import pytest
 import torch
 
 from keysift.ops.select import select_mass, select_mass_reference, select_top, select_top_reference
+from tests.devices import ANYWHERE, DEVICE, ON_GPU, QUIET
 from tests.helpers import generator
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 kernels = importlib.import_module("keysift.ops.select_triton")
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = triton.knobs.runtime.interpret and type(triton.language.max).__name__ == "InterpretedFunction"
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # on masked lanes too
-    pytest.mark.skipif(not CUDA and not INTERPRETED, reason="triton was imported without its interpreter"),
-]
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")]
-DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [ANYWHERE, QUIET]
 INF, NAN = math.inf, math.nan
 BACKENDS = ["kernel", "reference"]
 
@@ -60,17 +54,21 @@ def scores(batch, rows, n, seed=0, kind="normal"):
     return x
 
 
-@pytest.fixture(params=[False, True], ids=["registers", "looping"])
+KINDS = ["normal", "ties", "wide", "holes"]
+LOOPING = [(150, "ties", 128), *(pytest.param(257, kind, 128, marks=pytest.mark.slow) for kind in KINDS)]
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["registers", "looping"])
 def small_rows(request, monkeypatch):
     """Rows that do not fit in registers are read in pieces; pieces of 128 here."""
     if request.param:
         monkeypatch.setattr(kernels, "WHOLE_ROW", 128)
 
 
-@pytest.mark.usefixtures("small_rows")
-@pytest.mark.parametrize("kind", ["normal", "ties", "wide", "holes"])
-@pytest.mark.parametrize("n", [1, 63, 257])
-def test_the_highest_entries_are_chosen_ties_by_lower_index(n, kind):
+@pytest.mark.parametrize(("n", "kind", "whole"), [*((n, kind, None) for n in (1, 63, 257) for kind in KINDS), *LOOPING])
+def test_the_highest_entries_are_chosen_ties_by_lower_index(monkeypatch, n, kind, whole):
+    if whole:
+        monkeypatch.setattr(kernels, "WHOLE_ROW", whole)
     score = scores(3, 1, n, n, kind)
     count = torch.tensor([1, n // 3 + 1, n + 5])
     expected = [[best(row, int(c)) for row in rows] for rows, c in zip(score.tolist(), count, strict=True)]
@@ -170,7 +168,7 @@ def test_strides_do_not_matter():
     assert top("kernel", score, 9, 9) == top("reference", score, 9, 9)
 
 
-@pytest.mark.parametrize("n", [pytest.param(x, marks=gpu) for x in (4096, 8195, 16384, 131_072)])
+@pytest.mark.parametrize("n", [pytest.param(x, marks=ON_GPU) for x in (4096, 8195, 16384, 131_072)])
 def test_long_rows_on_a_gpu(n):
     for kind in ("normal", "ties", "wide", "holes"):
         score, count = scores(2, 8, n, 5, kind), torch.tensor([n // 20, n // 2])

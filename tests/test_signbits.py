@@ -121,6 +121,7 @@ def test_weights_add_up_to_the_dense_sums_on_average(per, draws):
     assert found[..., :4].sum() == 0 and found[..., 684:].sum() == 0
 
 
+@pytest.mark.slow
 def test_a_row_comes_as_often_as_its_weight_says():
     q, k, v = heads_that_look_somewhere(500, batch=1)
     method, store = signbits(keep=0.1), filled(k, v)
@@ -138,6 +139,7 @@ def test_a_row_comes_as_often_as_its_weight_says():
     assert ((drawn - seeds * u).abs() <= 4 * (seeds * u * (1 - u)).sqrt() + 1)[often].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["per=query_head,draws=independent"])
 def test_two_percent_err_little_more_than_by_the_exact_weights(options):
     method = methods.parse(f"signbits:keep=0.02,{options}", "decode")
@@ -145,6 +147,7 @@ def test_two_percent_err_little_more_than_by_the_exact_weights(options):
     assert ours <= LIMIT * sum(by_exact_weights(*layer, 0.02, method, seeds=10) for layer in of_a_trained_model())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["K=10,L=150", "K=8,L=75"])
 def test_errs_at_most_three_fifths_of_magicpig_at_no_more_keys(setting):
     method = methods.parse(f"magicpig:{setting},dense_layers=none", "decode")

@@ -31,8 +31,9 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*args: object, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "argv", ["keysift", *map(str, args)])
         capsys.readouterr()
-        return Result(main([str(arg) for arg in args]), *capsys.readouterr())
+        return Result(main(sys.argv[1:]), *capsys.readouterr())
 
     return run
 

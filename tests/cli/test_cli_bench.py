@@ -39,7 +39,7 @@ def test_prefill_writes_table_json_and_picture(cli: Cli, tmp_path: Path) -> None
     assert rows == [(n, *run, "ok") for n in (256, 300) for run in runs]
     assert {"keysift", "torch", "triton", "flash-attn-4", "transformers", "python"} <= set(data["versions"])
     assert (data["device"], data["gpu"]) == ("cpu", None)
-    assert data["command"].startswith("keysift ")
+    assert data["command"].startswith("keysift bench prefill --device cpu ")
     assert data["settings"]["dim"] == 32 and data["settings"]["dtype"] == "float32"
     lines = result.out.splitlines()
     assert len(lines) == 1 + len(rows)

@@ -42,7 +42,7 @@ def test_table_json_and_picture_say_the_same(cli: Cli, tmp_path: Path) -> None:
     rows = [(r["batch"], r["context"], r["method"], r["status"]) for r in data["rows"]]
     assert rows == [(*shape, m, "ok") for shape in ((1, 200), (2, 150)) for m in methods]
     assert {"keysift", "torch", "python"} <= set(data["versions"])
-    assert data["command"].startswith("keysift ") and (data["device"], data["gpu"]) == ("cpu", None)
+    assert data["command"].startswith("keysift bench decode ") and (data["device"], data["gpu"]) == ("cpu", None)
     settings = {"page": 32, "dtype": "float32", "inputs": "structured", "draws": 1, "steps": 4, "heads": 4}
     assert settings.items() <= data["settings"].items()
     lines = result.out.splitlines()

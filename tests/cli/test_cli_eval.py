@@ -185,7 +185,7 @@ def test_a_run_killed_many_times_ends_as_an_uninterrupted_one(finished, tmp_path
     out = tmp_path / "out"
     command = [sys.executable, "-m", "keysift.cli", *QUICK, "--run", "dense", "--run", SPARSE, "--out", str(out)]
     kills = 0
-    while kills < 4:
+    while kills < 3:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = len(read_records(out))
         while process.poll() is None and len(read_records(out)) < before + 2:

@@ -218,6 +218,9 @@ DECODES = [
     "quest:budget=40,sinks=2,window=9",
     "snapkv:budget=40,sinks=2,window=9",
     "magicpig:K=4,L=8,sinks=0,window=9,dense_layers=1",
+    "topk:keep=0.5,sinks=2,window=9,top_p=0.6,dense_layers=none",
+    "quest:keep=0.5,page=4,sinks=2,window=9,top_p=0.6,dense_layers=none",
+    "topk:budget=30,sinks=2,window=9,dense_below=132,dense_layers=none",
 ]
 
 

@@ -21,6 +21,7 @@ from keysift.hf.cache import KVCache
 from keysift.methods.base import BLOCKS
 from keysift.ops.gather import gather_attention
 from keysift.ops.heads import per_query_head
+from keysift.ops.prune import prune
 from keysift.ops.select import cover
 from keysift.ops.vertical_slash import block_sum
 from keysift.types import KV, Ctx, Index, Selection
@@ -240,23 +241,19 @@ class DecodeProbe:
         if not self.exempt(ctx):
             self.method.extend(index, kv, done, most, ctx)
 
-    def select(self, q_BHD: Tensor, kv: KV, index: Any, ctx: Ctx) -> Selection | None:
-        asked = not self.exempt(ctx) and not self.method.covers(max(end - start for start, end in kv.known_spans()))
+    def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection | None:
+        few = kv.bound < (self.method.dense_below or 0)
+        asked = not (self.exempt(ctx) or few or self.method.covers(int(kv.length.max())))
         selection = self.method.select(q_BHD, kv, index, ctx) if asked else None
         if heads := self.wanted.get(ctx.layer):
-            look_at_step(heads, q_BHD, kv, selection, ctx)
+            look_at_step(heads, q_BHD, kv, self.pruned(selection, q_BHD, kv, ctx), ctx)
         return selection
 
-
-class AllRows(DecodeProbe):
-    """In place of a method whose middle is still empty, and which would not be asked: nobody would see the query."""
-
-    def __init__(self, method: Any, wanted: dict[int, list[Head]]) -> None:
-        super().__init__(method, wanted)
-        self.sinks, self.window, self.grows = 0, 1, True
-
-    def exempt(self, ctx: Ctx) -> bool:
-        return True
+    def pruned(self, selection: Selection | None, q_BHD: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
+        """What is left of a selection where the method's ``top_p`` drops rows, as ``attention.decode`` drops them."""
+        if selection is None or self.method.top_p is None:
+            return selection
+        return prune(selection, q_BHD, kv, ctx.scale, self.method.top_p)
 
 
 def look_at_step(heads: list[Head], q_BHD: Tensor, middle: KV, selection: Selection | None, ctx: Ctx) -> None:
@@ -387,23 +384,20 @@ def inspect(
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: pass one prompt of at least one token")
     wanted = {layer: [Head(layer, head) for head in heads] for layer, heads in chosen.items()}
     token_ids: list[int] = []
-    cache, prompt = KVCache(model.config), input_ids.shape[1]
+    cache = KVCache(model.config)
     with attach(model, prefill, decode or "dense", seed=seed) as link:
         methods = link.prefill, None if decode is None else link.decode
         link.prefill = PrefillProbe(link.prefill, wanted)
         if decode is not None:
-            link.decode = probe = DecodeProbe(link.decode, wanted)
-            before_middle = AllRows(probe.method, wanted)
+            link.decode = DecodeProbe(link.decode, wanted)
         with link.reading("sparse"):
             token = newest_token(model, input_ids, cache)
         on_prompt_read()
-        for step in range(steps if decode is not None else 0):
-            end = prompt + step + 1 if probe.grows else prompt
-            link.decode = probe if end > probe.sinks + probe.window else before_middle
+        for _ in range(steps if decode is not None else 0):
             token_ids.append(int(token))
             with link.reading("decode"):
                 token = newest_token(model, token, cache)
-    return Inspection([head for heads in wanted.values() for head in heads], token_ids, prompt, *methods)
+    return Inspection([head for heads in wanted.values() for head in heads], token_ids, input_ids.shape[1], *methods)
 
 
 def newest_token(model: Any, input_ids: Tensor, cache: KVCache) -> Tensor:

@@ -194,3 +194,16 @@ class BudgetedDecode(DecodeMethod):
 
     def covers(self, keys: int) -> bool:
         return keys <= 0 or (self.most(keys) >= keys and self.keep_bytes in (None, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class ExactDecode(BudgetedDecode):
+    """Base of the budgeted methods that read all keys to choose, each query head for itself; for studies."""
+
+    dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
+
+    def lists(self, group: int) -> int:
+        return group
+
+    def scanned_share(self, kv: KV) -> float:
+        return kv.k.shape[-1] / (kv.k.shape[-1] + kv.v.shape[-1])

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
+from keysift.methods.base import ExactDecode
 from keysift.methods.topk import all_keys_bytes, exact_scores
 from keysift.ops.random import uniform
 from keysift.ops.select import listed
@@ -16,18 +16,10 @@ from keysift.types import KV, Ctx, Index, Selection
 
 
 @dataclass(frozen=True, slots=True)
-class Method(BudgetedDecode):
+class Method(ExactDecode):
     """Oracle sampling: keys drawn from the exact weights, each draw counting the same; for studies."""
 
     paper: ClassVar[str] = "arXiv:2410.16179"
-
-    dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
-
-    def lists(self, group: int) -> int:
-        return group
-
-    def scanned_share(self, kv: KV) -> float:
-        return kv.k.shape[-1] / (kv.k.shape[-1] + kv.v.shape[-1])
 
     def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
         weight = exact_scores(q_BHD, kv, ctx.scale).double().softmax(-1).nan_to_num(0)  # an empty middle has no weights

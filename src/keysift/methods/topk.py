@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from keysift.methods.base import DENSE_LAYERS, BudgetedDecode, option
+from keysift.methods.base import ExactDecode
 from keysift.ops.heads import group
 from keysift.ops.select import select_top
 from keysift.types import KV, Ctx, Index, Selection
@@ -27,18 +27,10 @@ def all_keys_bytes(kv: KV) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Method(BudgetedDecode):
+class Method(ExactDecode):
     """TopK: the highest q.k of each query head, by reading all keys first; for studies."""
 
     paper: ClassVar[str] = "arXiv:2410.16179"
-
-    dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
-
-    def lists(self, group: int) -> int:
-        return group
-
-    def scanned_share(self, kv: KV) -> float:
-        return kv.k.shape[-1] / (kv.k.shape[-1] + kv.v.shape[-1])
 
     def select(self, q_BHD: Tensor, kv: KV, index: Index, ctx: Ctx) -> Selection:
         score = exact_scores(q_BHD, kv, ctx.scale)

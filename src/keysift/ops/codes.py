@@ -47,31 +47,6 @@ def directions(w_KDN: Tensor, bits: int) -> Tensor:
     return rows if rows.is_cuda else rows.float()
 
 
-def hash_codes(x: Tensor, w: Tensor, bits: int) -> Tensor:
-    """SimHash: bit b of table l is the sign of ``x . w[:, l * bits + b]`` (arXiv:2410.16179).
-
-    Args:
-        x: vectors ``[..., D]``; products are taken in fp32.
-        w: directions, fp32 ``[..., D, L * bits]``, broadcast against x's leading dimensions by matmul.
-        bits: bits a table, 1 to 15.
-
-    Returns:
-        Codes, int16 ``[..., L]``.
-    """
-    positive = (x.float() @ w.float() > 0).float().unflatten(-1, (-1, bits))
-    return (positive @ 2.0 ** torch.arange(bits, device=x.device)).to(torch.int16)  # exact: fewer than 24 bits
-
-
-def match_codes(q_codes_BHL: Tensor, k_codes_BKLS: Tensor) -> Tensor:
-    """How many tables give query and key one code, int16 ``[B, H, S]``; query heads read their KV head's codes."""
-    q = group(q_codes_BHL, k_codes_BKLS.shape[1], 1)
-    hits = torch.zeros(*q.shape[:3], k_codes_BKLS.shape[3], dtype=torch.int16, device=q.device)
-    for q_part, k_part in zip(q.split(16, 3), k_codes_BKLS.split(16, 2), strict=True):  # a few large steps, bounded
-        equal = q_part[..., None] == k_part[:, :, None]
-        hits += equal.view(torch.uint8).sum(-2, dtype=torch.uint8)
-    return hits.flatten(1, 2)
-
-
 def collision_log_probability(cosine: Tensor, bits: int, tables: int, floor: float = 0.0) -> Tensor:
     """Log probability that at least two of L tables collide: with p = 1 - angle / pi and r = p^bits,
     ``u = 1 - (1 - r)^L - L r (1 - r)^(L - 1)`` (arXiv:2410.16179).
