@@ -13,22 +13,19 @@ import torch
 from keysift.ops.gather import gather_attention, gather_attention_reference
 from keysift.ops.short import short_attention, short_attention_reference
 from keysift.types import KV, Law, Selection
+from tests.devices import CUDA, DEVICES
 from tests.helpers import close, generator, oracle
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 kernels = importlib.import_module("keysift.ops.gather_triton")
 machinery = importlib.import_module("keysift.ops.split_merge_triton")
 Config = machinery.Config
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = triton.knobs.runtime.interpret and type(triton.language.max).__name__ == "InterpretedFunction"
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")]
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="triton was imported without its interpreter")
-DEVICES = [pytest.param("cpu", marks=IN_INTERPRETER), pytest.param("cuda", marks=ON_GPU)]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SINKS, WINDOW = 3, 17
 STARTS, LENGTHS = (0, 7, 21, 2), (145, 63, 1, 0)
 GARBAGE = 1 << 30  # in entries that nobody may use
+MANY = 12  # shares, more than there are blocks of rows
 
 
 class Case(NamedTuple):
@@ -41,22 +38,21 @@ class Case(NamedTuple):
     weight: str = "none"  # or tensor, law
     index: torch.dtype = torch.int32
     splits: int | None = 3
-    fold: bool = False
     outside: bool = True
 
 
 CASES = [
     Case(4, 128, 128, page=64),
     Case(4, 128, 128, page=16, weight="law"),
-    Case(4, 128, 128, weight="law", per_query_head=True, fold=True),
+    Case(4, 128, 128, weight="law", per_query_head=True, splits=2),
     Case(7, 80, 80, FP16, page=32, weight="tensor", index=torch.int64),
-    Case(7, 80, 64, FP16, weight="law", splits=40, fold=True),
+    Case(7, 80, 64, FP16, weight="law", splits=MANY),
     Case(1, 64, 64, FP32, page=16, weight="law", splits=1),
-    Case(1, 64, 128, FP32, weight="tensor", splits=40),
+    Case(1, 64, 128, FP32, weight="tensor", splits=MANY),
     Case(4, 64, 64, FP32, page=128, weight="tensor", per_query_head=True, index=torch.int64),
     Case(4, 64, 64, FP32, page=64, weight="law", per_query_head=True, splits=1),
     Case(7, 64, 80, outside=False, splits=None),
-    Case(4, 128, 64, page=64, outside=False, weight="law", splits=40),
+    Case(4, 128, 64, page=64, outside=False, weight="law", splits=MANY),
     Case(4, 256, 256, page=32, weight="law"),
     Case(20, 64, 64, FP32, page=16, splits=1),
 ]
@@ -70,19 +66,18 @@ class Short(NamedTuple):
     dtype: torch.dtype = BF16
     page: int = 0
     splits: int | None = 3
-    fold: bool = False
     block_n: int = 32
 
 
 SHORTS = [
     Short(1, 4, 128, 128, page=64),
     Short(2, 7, 80, 80, FP16, page=16),
-    Short(5, 4, 64, 128, FP32, splits=40),
-    Short(5, 1, 128, 64, page=32, splits=2, fold=True, block_n=64),
+    Short(5, 4, 64, 128, FP32, splits=MANY),
+    Short(5, 1, 128, 64, page=32, splits=2, block_n=64),
     Short(16, 4, 64, 64, FP32, page=128, splits=1),
     Short(16, 7, 64, 64, BF16, splits=None),
     Short(7, 20, 64, 64, FP32, page=32, splits=1),  # more query rows than a tile holds
-    Short(1, 1, 256, 256, BF16, splits=40),
+    Short(1, 1, 256, 256, BF16, splits=MANY),
 ]
 
 
@@ -233,16 +228,11 @@ def agree(got, want, dtype):
 def test_kernel_weighs_selected_rows_and_reads_no_others_but_those_outside(case, device):
     data, read, selection, want = everything_of(case)
     kv = view_of(data, case.page, read, device)
-    arrivals = torch.zeros(selection.count.shape, dtype=torch.int32, device=device) if case.fold else None
-    middle, config = middle_of(kv) if case.outside else None, Config(16 if case.splits == 40 else 32, 4, 3)
+    middle, config = middle_of(kv) if case.outside else None, Config(16 if case.splits == MANY else 32, 4, 3)
     q, selection = data.q[:, 0].to(device), on(device, selection)
-    arguments = (q, kv, selection, case.dim**-0.5, middle, torch.float32, case.splits, arrivals)
+    arguments = (q, kv, selection, case.dim**-0.5, middle, torch.float32, case.splits)
     got = kernels.gather(*arguments, config)
     agree(got, [x[:, None] for x in want], case.dtype)
-    assert arrivals is None or not arrivals.any()
-    if case.fold:
-        again = kernels.gather(*arguments, config)
-        assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -256,15 +246,13 @@ def test_reference_weighs_selected_rows_and_reads_no_others_but_those_outside(ca
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fold", [False, True])
-def test_shares_may_be_merged_a_few_at_a_time(fold, device, monkeypatch):
-    case = Case(1, 64, 64, FP32, splits=40)
+def test_a_row_s_values_may_be_merged_a_few_at_a_time(device, monkeypatch):
+    case = Case(1, 64, 64, FP32, splits=MANY)
     data, read, selection, want = everything_of(case)
     kv = view_of(data, 0, read, device)
     monkeypatch.setattr(machinery, "MERGED_ELEMENTS", 256)
-    arrivals = torch.zeros(selection.count.shape, dtype=torch.int32, device=device) if fold else None
     arguments = (data.q[:, 0].to(device), kv, on(device, selection), case.dim**-0.5, middle_of(kv), FP32)
-    agree(kernels.gather(*arguments, 40, arrivals, Config(16, 4, 3)), [x[:, None] for x in want], FP32)
+    agree(kernels.gather(*arguments, MANY, Config(16, 4, 3)), [x[:, None] for x in want], FP32)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -339,16 +327,6 @@ def test_counts_beyond_the_width_stop_at_it_and_lists_may_be_strided(device):
     assert all(torch.equal(x.out, got[0].out) and torch.equal(x.lse, got[0].lse) for x in got[1:])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_arrivals_of_another_kind_are_an_error(device):
-    case = Case(4, 64, 64, FP32)
-    data = inputs(case)
-    kv = view_of(data, 0, in_view(data.k.shape[1])[..., None].expand(-1, -1, 2), device)
-    for wrong in (torch.zeros(4, 8, dtype=torch.int32, device=device), torch.zeros(4, 2, device=device)):
-        with pytest.raises(ValueError, match="arrivals are"):
-            kernels.short(data.q.to(device), kv, 0.2, splits=2, arrivals=wrong)
-
-
 def short_case(case):
     data = inputs(case, case.tokens)
     seen = in_view(data.k.shape[1])
@@ -367,14 +345,9 @@ def short_case(case):
 def test_short_attention_is_causal_attention_of_the_last_tokens_of_ragged_sequences(case, device):
     data, read, want = short_case(case)
     kv = view_of(data, case.page, read, device)
-    arrivals = torch.zeros(len(LENGTHS), 2, dtype=torch.int32, device=device) if case.fold else None
-    arguments = (data.q.to(device), kv, case.dim**-0.5, torch.float32, case.splits, arrivals)
+    arguments = (data.q.to(device), kv, case.dim**-0.5, torch.float32, case.splits)
     got = kernels.short(*arguments, Config(case.block_n, 4, 3))
     agree(got, want, case.dtype)
-    assert arrivals is None or not arrivals.any()
-    if case.fold:
-        again = kernels.short(*arguments, Config(case.block_n, 4, 3))
-        assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse)
 
 
 @pytest.mark.parametrize("case", SHORTS, ids=case_id)
@@ -427,11 +400,10 @@ def nearly(got, want):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")
-@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("weight", ["none", "tensor", "law"])
 @pytest.mark.parametrize("per_query_head", [False, True])
 @pytest.mark.parametrize("lengths", [(131_072,), (65_536, 33, 4097, 30_001) * 4])
-def test_gather_on_real_shapes_and_its_graph_follow_the_reference(lengths, per_query_head, weight, fold):
+def test_gather_on_real_shapes_and_its_graph_follow_the_reference(lengths, per_query_head, weight):
     kv = paged_cache(lengths, 64, max(lengths))
     heads = 32 if per_query_head else 8
     rows, count = drawn(kv, heads, 5000, torch.full((len(lengths),), 5000, device="cuda"))
@@ -442,10 +414,9 @@ def test_gather_on_real_shapes_and_its_graph_follow_the_reference(lengths, per_q
         "law": Law(torch.full((len(lengths), 8, 128), 0.5, device="cuda"), torch.linspace(5, 0, 1025, device="cuda")),
     }[weight]
     selection = Selection(rows, count, log_w)
-    arrivals = torch.zeros(len(lengths), heads, dtype=torch.int32, device="cuda") if fold else None
 
     def run():
-        return gather_attention(q, kv, selection, 128**-0.5, middle_of(kv), BF16, arrivals=arrivals)
+        return gather_attention(q, kv, selection, 128**-0.5, middle_of(kv), BF16)
 
     def reference():
         return gather_attention_reference(q, kv, selection, 128**-0.5, middle_of(kv))
@@ -456,16 +427,14 @@ def test_gather_on_real_shapes_and_its_graph_follow_the_reference(lengths, per_q
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")
-@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 16])
 @pytest.mark.parametrize("page", [64, 128, 16])
-def test_short_attention_on_real_shapes_and_its_graph_follow_the_reference(page, tokens, fold):
+def test_short_attention_on_real_shapes_and_its_graph_follow_the_reference(page, tokens):
     kv = paged_cache((65_536, 33, 4097, 30_001), page, 65_536)
     q = torch.randn(4, tokens, 32, 128, device="cuda", dtype=BF16)
-    arrivals = torch.zeros(4, 8, dtype=torch.int32, device="cuda") if fold else None
 
     def run():
-        return short_attention(q, kv, 128**-0.5, BF16, arrivals=arrivals)
+        return short_attention(q, kv, 128**-0.5, BF16)
 
     nearly(run(), short_attention_reference(q, kv, 128**-0.5))
     replay(run, lambda: short_attention_reference(q, kv, 128**-0.5), kv)

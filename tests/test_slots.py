@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from keysift.cache import Store
 from keysift.methods.base import KeepsNothing
-from keysift.ops.rows import move_on, write_rows_reference
-from keysift.ops.rows_triton import move, write
+from keysift.ops.rows import part_bounds, write_rows_reference
+from keysift.ops.rows_triton import bounds, write
 from keysift.slots import Slots
 from keysift.types import Ctx, Side, State
 
@@ -260,12 +260,21 @@ def test_the_kernel_writes_the_rows_that_indexing_writes(tokens):
         assert not torch.equal(expected[0][1:], k[1:])
 
 
-def test_the_kernel_moves_on_as_the_reference_does():
+def test_parts_are_what_is_between_sinks_and_window():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    start, length = torch.tensor([4, 4, 2, 7, 0]), torch.tensor([10, 0, 5, 3, 1])
-    for reached in ([4, 0, 9, 8, 0], [14, 30, 2, 7, 1]):
-        ours, kernels = torch.tensor(reached), torch.tensor(reached, device=device)
-        expected = move_on(ours, start, length)
-        assert torch.equal(move(kernels, start.to(device), length.to(device)).cpu(), expected)
-        assert torch.equal(kernels.cpu(), ours) and torch.equal(ours, start + length)
-        assert ((expected >= start) & (expected <= start + length)).all()
+    start, length = torch.tensor([0, 5, 2, 7, 0, 3]), torch.tensor([90, 60, 9, 7, 0, 80])
+    prompt = torch.tensor([70, 60, 5, 7, 0, 4])
+    for end, sinks, window, last in (
+        (length, 4, 10, None),
+        (prompt, 4, 0, None),
+        (length, 0, 64, 3),
+        (prompt, 2, 1, 1),
+    ):
+        first, rows = part_bounds(start, length, end, sinks, window, last)
+        for b, (s, n, e) in enumerate(zip(start.tolist(), length.tolist(), end.tolist(), strict=True)):
+            part = list(range(s, n))[sinks:]
+            part = [row for row in part if row < e - window]
+            part = part if last is None else part[max(0, len(part) - last) :]
+            assert rows[b] == len(part) and (not part or first[b] == part[0])
+        kernels = bounds(*(x.to(device) for x in (start, length, end)), sinks, window, last)
+        assert all(map(torch.equal, (x.cpu() for x in kernels), (first, rows)))

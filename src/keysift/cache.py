@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keysift.ops.rows import move_on, write_rows
+from keysift.ops.rows import write_rows
 from keysift.slots import Slots, ordinary_tensors
 from keysift.types import KV, Ctx, Decode, Index, Side, State
 
@@ -27,8 +27,7 @@ class Store:
         self._index: Index = {}
         self._kinds: dict[str, Side | State | None] = {}
         self._built_by: tuple[Decode, int] | None = None  # method and seed the index belongs to
-        self._indexed: Tensor | None = None  # side data hold up to this row, int64 [B]
-        self._seen: list[int] = []  # slots.appended when they were brought up to date
+        self._seen: list[int] = []  # slots.appended when side data were brought up to date
 
     @classmethod
     def in_pages(cls, slots: Slots, kv_heads: int, dim: int, v_dim: int, dtype: torch.dtype) -> Store:
@@ -40,7 +39,6 @@ class Store:
                 torch.zeros(slots.pages, slots.page, kv_heads, d, dtype=dtype, device=slots.device)
                 for d in (dim, v_dim)
             )
-            self._indexed = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
         self._seen = [0] * len(slots)
         slots.stores.append(self)
         return self
@@ -108,9 +106,8 @@ class Store:
         self.slots.reorder(order)
         self._seen = [self._seen[i] for i in order]
         with ordinary_tensors():
-            self.k, self.v, self._indexed, self._tail = (
-                None if x is None else x.index_select(0, rows.to(x.device))
-                for x in (self.k, self.v, self._indexed, self._tail)
+            self.k, self.v, self._tail = (
+                None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.k, self.v, self._tail)
             )
             self._index = {
                 name: x if self._kinds[name] is None else x.index_select(0, rows.to(x.device))
@@ -128,14 +125,13 @@ class Store:
         """What ``Slots`` asks for when a slot is forked."""
         appended = self.slots.appended if self.slots else []
         self._seen[to] = appended[to] - (appended[source] - self._seen[source])
-        states = (x for name, x in self._index.items() if isinstance(self._kinds[name], State))
-        for x in (*states, *(() if self._indexed is None else (self._indexed,))):
-            x[to].copy_(x[source])
+        for name, x in self._index.items():
+            if isinstance(self._kinds[name], State):
+                x[to].copy_(x[source])
 
     def forget(self, slot: int, length: int) -> None:
         """What ``Slots`` asks for when a sequence is cut: side data of later rows no longer hold."""
-        assert self.slots is not None and self._indexed is not None
-        self._indexed[slot].clamp_(max=length)
+        assert self.slots is not None
         # an entry of several keys may hold some that are gone: there is something to bring up to date
         self._seen[slot] = min(self._seen[slot], self.slots.appended[slot] - 1)
 
@@ -191,18 +187,16 @@ class Store:
             if self._built_by != (method, ctx.seed):
                 self._allocate(method, ctx)
             middle, kv = self.middle(method, which), self.view(which)
-            assert self._indexed is not None
-            self._indexed[which] = middle.start
             prompt = kv._replace(length=slots.prompt[which] - kv.start, spans=None, most=kv.bound)
             method.begin(self._of(which), middle, prompt, tail_q_BTHD, ctx)
             self._extend(method, kv.bound, ctx, which)
 
     def _extend(self, method: Decode, most: int, ctx: Ctx, which: slice = slice(None)) -> None:
+        """Bring side data up to date, of which the last ``most`` rows of every sequence may have none yet."""
         slots, _, _ = self._made()
-        assert self._indexed is not None
-        rows = slots.part(self.view(which), method.sinks, 0, method.grows, which)
         if any(isinstance(kind, Side) for kind in self._kinds.values()):
-            done = move_on(self._indexed[which], rows.start, rows.length)
+            rows = slots.part(self.view(which), method.sinks, 0, method.grows, which)
+            done = slots.all_but(most, method.sinks, method.grows, which)
             method.extend(self._of(which), rows, done, most, ctx)
         self._seen[which] = slots.appended[which]
 
@@ -254,7 +248,6 @@ class Store:
                 torch.empty(batch, self.slots.page, *x.shape[1::2], dtype=x.dtype, device=x.device)
                 for x in (k_BKTD, v_BKTD)
             )
-            self._indexed = torch.zeros(batch, dtype=torch.int64, device=k_BKTD.device)
         self._seen = [0] * batch
 
     def _grow(self, rows: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from keysift.ops.rows import part_bounds
 from keysift.types import KV
 
 
@@ -255,11 +256,18 @@ class Slots:
         part is not to grow."""
 
         def bounds() -> tuple[Tensor, Tensor]:
-            start = torch.minimum(self.start + sinks, self.length)
-            return start, ((self.length if grows else self.prompt) - window - start).clamp(min=0)
+            return part_bounds(self.start, self.length, self.length if grows else self.prompt, sinks, window)
 
         start, length = self._once((sinks, window, grows), bounds, which)
         return kv._replace(start=start, length=length, spans=None, most=kv.bound)
+
+    def all_but(self, most: int, sinks: int, grows: bool, which: slice = slice(None)) -> Tensor:
+        """The row at which the last ``most`` rows of such a part without a window begin, int64 ``[slots]``."""
+
+        def begin() -> tuple[Tensor, Tensor]:
+            return part_bounds(self.start, self.length, self.length if grows else self.prompt, sinks, 0, most)
+
+        return self._once((sinks, grows, "all but", most), begin, which)[0]
 
     def longest_part(self, sinks: int, window: int, grows: bool, which: slice = slice(None)) -> int:
         """Rows of the longest such part, as far as the host knows."""

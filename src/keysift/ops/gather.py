@@ -18,7 +18,6 @@ def gather_attention(
     middle: KV | None = None,
     dtype: torch.dtype = torch.float32,
     splits: int | None = None,
-    arrivals: Tensor | None = None,
 ) -> Partial:
     """Self-normalised importance sampling over the selected rows (arXiv:2410.16179).
 
@@ -36,21 +35,15 @@ def gather_attention(
             read too, with weight 1: all rows of a sequence whose middle is empty.
         dtype: of the output.
         splits: shares of a head's rows; None chooses by the device. Never changes more than rounding.
-        arrivals: zeros, int32 ``[B, K or H]`` as the rows have heads. With them the last program of a head merges the
-            shares and leaves zeros again; without, a second launch does. Launches that run at the same time must not
-            share them.
 
     Returns:
         Partial with T = 1.
-
-    Raises:
-        ValueError: arrivals of another shape or type, or elsewhere.
     """
     if on_gpu(q_BHD):
         from keysift.ops import gather_triton, split_merge_triton
 
         if split_merge_triton.takes(q_BHD, kv):
-            return gather_triton.gather(q_BHD, kv, selection, scale, middle, dtype, splits, arrivals)
+            return gather_triton.gather(q_BHD, kv, selection, scale, middle, dtype, splits)
     return gather_attention_reference(q_BHD, kv, selection, scale, middle, dtype)
 
 

@@ -19,6 +19,7 @@ from keysift.ops.split_merge_triton import (
     Config,
     finish,
     fold,
+    leave_nothing,
     load_queries,
     load_rows,
     nothing,
@@ -32,12 +33,18 @@ NO_WEIGHT, GIVEN_WEIGHT, LAW_WEIGHT = 0, 1, 2
 TILE_ROWS = 128  # pairs of a token and a head that share one reading of the keys
 
 
-def gather_config(dim: int, v_dim: int, wide: bool, by_law: bool) -> Config:
-    """Tiles so small that a short list still makes many; row numbers, their pages and the rows are loaded one turn
-    ahead of each other. A law's norms need registers, as ``wide`` (fp32) operands do, and smaller tiles leave room for
-    more programs, which hide each other's waits."""
+def gather_config(heads: int, dim: int, v_dim: int, wide: bool, by_law: bool) -> Config:
+    """For the ``heads`` that share rows.
+
+    Tiles so small that a short list still makes many; row numbers, their pages and the rows are loaded one turn ahead
+    of each other. A law's norms need registers, as ``wide`` (fp32) operands do, and smaller tiles leave room for more
+    programs, which hide each other's waits. For one head, whose products waste most of a tile, many rows are loaded at
+    once instead.
+    """
     if wide and by_law:
         return Config(16, 8, 3)
+    if by_law and heads == 1 and max(dim, v_dim) <= 128:
+        return Config(128, 4, 1)
     return Config(32 if wide or by_law or max(dim, v_dim) > 128 else 64, 4, 4)
 
 
@@ -55,17 +62,18 @@ def gather(
     middle: KV | None = None,
     dtype: torch.dtype = torch.float32,
     splits: int | None = None,
-    arrivals: Tensor | None = None,
     config: Config | None = None,
 ) -> Partial:
     """``gather_attention`` on the device."""
     batch, _, dim = q_BHD.shape
     slots, width = selection.rows.shape[1:]
-    config = config or gather_config(dim, kv.v.shape[-1], widened(q_BHD, kv), isinstance(selection.log_w, Law))
+    config = config or gather_config(
+        q_BHD.shape[1] // slots, dim, kv.v.shape[-1], widened(q_BHD, kv), isinstance(selection.log_w, Law)
+    )
     if splits is None:
         most = width + (0 if middle is None else kv.bound)
         splits = splits_of(q_BHD, batch * slots, -(-most // config.block_n), 4)
-    run = prepare(q_BHD[:, None], kv, slots, splits, config, dtype, arrivals)
+    run = prepare(q_BHD[:, None], kv, slots, splits, config, dtype)
     rows, count, log_w = selection.rows, selection.count, selection.log_w
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     weights, mean, entries, kind = rows, rows, 0, NO_WEIGHT  # unread where there are none
@@ -195,8 +203,8 @@ def _gather(
     OUTSIDE: tl.constexpr, WEIGHT: tl.constexpr, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     SHARED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M_PAD: tl.constexpr,
     D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, ALONE: tl.constexpr,
-    FOLD: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, CHAINED: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A share of the list [rows before the middle | rows after it | selected rows] of one head of one sequence."""
     wait_for_previous(CHAINED)
@@ -243,9 +251,9 @@ def _gather(
                 log_w = _law(dots, per_norm, q_mean, per_q_norm, weights, entries, ROWS, INTERPRET)
                 score += tl.where(selected[None, :], log_w * log2_e, 0.0)
             state = fold(state, tl.where(seen[None, :], score, float("-inf")), tile_v, PRECISION)
-        finish(
-            state, result, split, used, b, slot, T, H, G, ROWS, DV, M_PAD, DV_PAD, ALONE, FOLD, TOGETHER, CHUNK
-        )  # fmt: skip
+        finish(state, result, split, b, slot, T, H, G, ROWS, DV, M_PAD, DV_PAD, ALONE)
+    else:
+        leave_nothing(result, split, b, slot, ROWS, M_PAD)
 
 
 def short(
@@ -254,7 +262,6 @@ def short(
     scale: float,
     dtype: torch.dtype = torch.float32,
     splits: int | None = None,
-    arrivals: Tensor | None = None,
     config: Config | None = None,
 ) -> Partial:
     """``short_attention`` on the device."""
@@ -265,14 +272,14 @@ def short(
         for lo in range(0, tokens, together):
             hi = min(lo + together, tokens)
             seen = kv.between(kv.start, kv.end - (tokens - hi))
-            parts.append(short(q_BTHD[:, lo:hi], seen, scale, dtype, splits, arrivals, config))
+            parts.append(short(q_BTHD[:, lo:hi], seen, scale, dtype, splits, config))
         return Partial(*(torch.cat(x, 1) for x in zip(*parts, strict=True)))
     page = 0 if kv.table is None else kv.k.shape[1]
     config = config or short_config(tokens * heads // slots, dim, kv.v.shape[-1], widened(q_BTHD, kv), page)
     if splits is None:
         # a few thousand rows at most, so that the longest sequence of a ragged batch is not left alone in the end
         splits = splits_of(q_BTHD, batch * slots, -(-kv.bound // config.block_n), 2, kv.bound // 8192)
-    run = prepare(q_BTHD, kv, slots, splits, config, dtype, arrivals)
+    run = prepare(q_BTHD, kv, slots, splits, config, dtype)
     if batch and tokens:
         with torch.cuda.device_of(q_BTHD):
             _short[(splits, slots, batch)](
@@ -299,9 +306,8 @@ def _short(
     q_ptr, k, v, q_strides, k_strides, v_strides, start, length, table, table_stride, result, scale_log2,
     TILE_IN_PAGE: tl.constexpr, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M_PAD: tl.constexpr, D_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, ALONE: tl.constexpr, FOLD: tl.constexpr,
-    TOGETHER: tl.constexpr, CHUNK: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    DV_PAD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, ALONE: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A share of the rows of one KV head of one sequence; tiles begin at multiples of BLOCK_N, as pages do."""
     wait_for_previous(CHAINED)
@@ -345,6 +351,6 @@ def _short(
                 causal = (row[None, :] <= position[:, None]) & (row >= first)[None, :]
                 score = tl.where(causal, score, float("-inf"))
             state = fold(state, score, tile_v, PRECISION)
-        finish(
-            state, result, split, used, b, slot, T, H, G, ROWS, DV, M_PAD, DV_PAD, ALONE, FOLD, TOGETHER, CHUNK
-        )  # fmt: skip
+        finish(state, result, split, b, slot, T, H, G, ROWS, DV, M_PAD, DV_PAD, ALONE)
+    else:
+        leave_nothing(result, split, b, slot, ROWS, M_PAD)

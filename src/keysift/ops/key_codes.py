@@ -29,7 +29,7 @@ STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}  # of the best uniform quan
 PER = ("kv_head", "query_head")
 CLIP = 4.0  # standard deviations of a query's coordinate that its integer covers
 LOG2E = math.log2(math.e)
-SAMPLE, DOUBLINGS = 4096, 5  # so many tokens tell the draw's factor, or one in 32 where those are more
+SAMPLE = 2048  # so many tokens at most tell the draw's factor
 BLOCK = 256  # consecutive tokens that share one uniform number of a systematic draw
 ONE = 1 << 22  # probabilities are integers of this unit: their sums over a block are exact
 ALL = 1e30  # log of the factor with which every probability is 1
@@ -248,7 +248,7 @@ def sample(
     """Poisson sampling (each row with a probability of its own) by the weights ``exp(score)``.
 
     A row's probability is ``u = min(1, f * sum_h softmax_h)``, over the heads that share the selection, with f such
-    that all u add up to the quota, as far as a sample of 4,096 tokens tells (or one in 32). Then, as u is known
+    that all u add up to the quota, as far as a sample of 2,048 tokens tells. Then, as u is known
     exactly, so is the weight 1 / u of a row that is taken. Rows with u = 1 always are. Where more than ``most_rows``
     could be taken, all probabilities are lowered by one factor.
 
@@ -305,11 +305,9 @@ def sampled(kv: KV, row: int) -> Tensor:
     """The tokens from which the factors of a draw are found, bool ``[B, N]``: one run of ``row`` of every ``step``."""
     run = torch.arange(kv.bound, device=kv.start.device) // row
     first, last = ((x - kv.first)[:, None] // row for x in (kv.start, kv.end - 1))
-    step = torch.ones_like(first)
-    for _ in range(DOUBLINGS):
-        step = torch.where(last // step - first // step >= SAMPLE // row, 2 * step, step)
-    scattered = (run // step * 0x9E3779B1 & 0xFFFFFFFF) >> 20  # for texts have periods
-    return inside(kv) & (run % step == (scattered & (step - 1)))
+    step = (last - first).clamp(min=0) // (SAMPLE // row - 1) + 1
+    scattered = (run // step * 0x9E3779B1 & 0xFFFFFFFF) >> 12  # for texts have periods
+    return inside(kv) & (run % step == scattered % step)
 
 
 def log_factors_reference(score: Tensor, kv: KV, quota: Quota, per: str, row: int) -> Tensor:

@@ -19,27 +19,25 @@ from keysift.ops.pages import Quota
 from keysift.ops.random_triton import absorb
 from keysift.types import KV, Selection
 
-SAMPLE, DOUBLINGS = tl.constexpr(key_codes.SAMPLE), tl.constexpr(key_codes.DOUBLINGS)
+SAMPLE = tl.constexpr(key_codes.SAMPLE)
 BLOCK, ONE, THINNING = (tl.constexpr(x) for x in (key_codes.BLOCK, key_codes.ONE, key_codes.THINNING))
 ONE_BITS = tl.constexpr(key_codes.ONE.bit_length() - 1)
 ALL = tl.constexpr(key_codes.ALL)
 LN2 = tl.constexpr(0.6931471805599453)
-SCORED = 128  # sampled tokens of a program
+SCORED = 128  # sampled tokens of a program; where there are many programs, twice as many
+MANY_SCORED = 4096
+SOLVE_WARPS = 8
 RESIDENT = 1188  # programs that take rows at the same time on a large GPU
 MOST_BLOCKS = 8  # blocks of one of them, so that the last do not end late
 TAKE_STAGES = 5
-CLOSED_UP, CLOSED_ROWS = 528, 4096  # programs that close up lists on a large GPU, and rows that one moves at once
+CLOSED_UP, CLOSED_TILE = 64, 512  # programs that close up a list at most, and rows of a tile
 NEWTON = tl.constexpr(40)  # steps in which a draw's factor is found, at most
 
 
 @triton.jit
 def _step(begin, end, ROW: tl.constexpr):
     """One run of ROW tokens in so many is sampled; as ``keysift.ops.key_codes.sampled`` says."""
-    first, last = begin // ROW, (end - 1) // ROW
-    step = begin * 0 + 1
-    for _ in tl.static_range(DOUBLINGS):
-        step = tl.where(last // step - first // step >= SAMPLE // ROW, 2 * step, step)
-    return step
+    return tl.maximum((end - 1) // ROW - begin // ROW, 0) // (SAMPLE // ROW - 1) + 1
 
 
 @triton.jit
@@ -61,8 +59,8 @@ def _count(
     else:
         step = _step(begin, end, PER)
         run = begin // PER // step + i
-        scattered = ((run.to(tl.uint32) * 0x9E3779B1) >> 20).to(tl.int32)
-        t = (run * step + (scattered & (step - 1))) * PER
+        scattered = ((run.to(tl.uint32) * 0x9E3779B1) >> 12).to(tl.int32)
+        t = (run * step + scattered % step) * PER
     r, k, g = tl.arange(0, PER), tl.arange(0, PER * BYTES), tl.arange(0, G_PAD)
     seen = (t + PER > begin) & (t < end)
     entry = entries(t, seen, (b, head, heads, table, table_stride, tokens), PAGE)
@@ -94,8 +92,9 @@ def _both(a, b, c, d):
 
 @triton.jit
 def _solve(
-    log_c, known, length, share, more, lists, pitch, G: tl.constexpr, PITCH: tl.constexpr, CHAINED: tl.constexpr
-):
+    log_c, known, length, share, more, lists, pitch,
+    G: tl.constexpr, G_PAD: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     """Log2 of the factors of the heads that share a list: see ``log_factors_reference``.
 
     Newton's steps on a sum that is concave in the factor: they come from below, and the last is exact.
@@ -105,21 +104,16 @@ def _solve(
     count = tl.load(length + b).to(tl.int32)
     wanted = _wanted(share, more, count)
     h = (b * lists + at).to(tl.int64) * G
-    i = tl.arange(0, PITCH)
-    x = tl.zeros((PITCH,), tl.float32)
-    some = x > 0
-    shifts = ()
-    for g in tl.static_range(G):
-        score = tl.load(known + (h + g) * pitch + i, mask=i < pitch, other=float("-inf"))
-        some = score > float("-inf")
-        top = tl.maximum(tl.max(score, 0), -ALL)
-        weight = tl.exp2(score - top)
-        total = tl.maximum(tl.sum(weight, 0), 1e-30)
-        x += tl.where(some, tl.maximum(weight / total, 1e-30), 0.0)
-        shifts = shifts + (-top - tl.log2(total),)  # type: ignore[assignment]  # noqa: RUF005
-    held = tl.sum(some.to(tl.int32), 0)
-    target = wanted / tl.maximum(count, 1).to(tl.float32) * held.to(tl.float32)
-    f = target / tl.maximum(tl.sum(x, 0), 1e-30)
+    i, g = tl.arange(0, SAMPLE)[:, None], tl.arange(0, G_PAD)[None, :]
+    score = tl.load(known + (h + g) * pitch + i, mask=(i < pitch) & (g < G), other=float("-inf"))
+    top = tl.maximum(tl.max(score, 0), -ALL)
+    weight = tl.exp2(score - top[None, :])
+    total = tl.maximum(tl.sum(weight, 0), 1e-30)
+    some = tl.max(score, 1) > float("-inf")
+    x = tl.where(some, tl.maximum(tl.sum(weight * (1 / total)[None, :], 1), 1e-30), 0.0)
+    held, mass = tl.reduce((some.to(tl.float32), x), 0, _both)
+    target = wanted / tl.maximum(count, 1).to(tl.float32) * held
+    f = target / tl.maximum(mass, 1e-30)
     before = f * 0
     turns = 0
     while (f > before * 1.000001) & (turns < NEWTON):
@@ -129,8 +123,9 @@ def _solve(
         f = tl.minimum(tl.maximum(target - taken, 0.0) / tl.maximum(rest, 1e-30), 1e30)
         turns += 1
     log_f = tl.log2(tl.maximum(tl.maximum(f, before), 1e-30))
-    for g in tl.static_range(G):
-        tl.store(log_c + h + g, tl.where(wanted >= count.to(tl.float32), ALL, shifts[g] + log_f))
+    to = log_c + h + tl.arange(0, G_PAD)
+    out = tl.where(wanted >= count.to(tl.float32), ALL, log_f - top - tl.log2(total))
+    tl.store(to, out, mask=tl.arange(0, G_PAD) < G)
 
 
 @triton.jit
@@ -264,45 +259,53 @@ def _take(
             of_code = following
 
 
+@triton.jit
+def _block_of(ahead, i, HALVINGS: tl.constexpr):
+    """In which of ``2**HALVINGS`` blocks the i-th row is, by the rows ``ahead`` of each block."""
+    block = i * 0
+    for n in tl.static_range(HALVINGS):
+        further = block + (1 << HALVINGS - 1 - n)
+        block = tl.where(tl.gather(ahead, further, 0) <= i, further, block)
+    return block
+
+
 @triton.jit(do_not_specialize=["state"])
 def _close_up(
     rows, log_w, found, expected, overflow, slots, counts, sums, positions, state, start, length, origin,
     lists, blocks, most_rows,
-    BLOCKS_PAD: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, INDEPENDENT: tl.constexpr,
-    HAS_ORIGIN: tl.constexpr, CHAINED: tl.constexpr,
+    HALVINGS: tl.constexpr, TILE: tl.constexpr, INDEPENDENT: tl.constexpr, HAS_ORIGIN: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists of some blocks, at the places that the counts of those before them say; of a draw that is too long, evenly
-    some."""
+    """Some rows of a list, from the blocks that the counts say; of a draw that is too long, evenly some."""
     wait_for_previous(CHAINED)
     c, b = tl.program_id(1), tl.program_id(2)
     at = (b * lists + c).to(tl.int64)
-    first = tl.program_id(0) * SPAN
-    block = tl.arange(0, BLOCKS_PAD)
+    block = tl.arange(0, 1 << HALVINGS)
     count = tl.load(counts + at * blocks + block, mask=block < blocks, other=0)
     units = tl.load(sums + at * blocks + block, mask=block < blocks, other=0)
+    through = tl.cumsum(count, 0)
+    taken = tl.sum(count, 0)
     factor, mean = _thinning(units, tl.load(length + b), most_rows, INDEPENDENT)
     scatter = absorb(_of_query(state, c, positions, b), c * 0 + THINNING).to(tl.int64)
     if tl.program_id(0) == 0:
-        total = (tl.sum(count, 0) * factor + scatter) >> 32
+        total = (taken * factor + scatter) >> 32
         tl.store(found + at, tl.minimum(total, most_rows).to(tl.int32))
         tl.store(overflow + at, (total > most_rows).to(tl.uint8))
         tl.store(expected + at, mean.to(tl.float32))
-    own = first + tl.arange(0, SPAN)
-    size = tl.load(counts + at * blocks + own, mask=own < blocks, other=0)
-    rank = tl.sum(tl.where(block < first, count, 0), 0) + tl.cumsum(size, 0) - size
-    row = own * BLOCK
+    zero = c * 0
     if HAS_ORIGIN:
-        row += tl.load(origin + b).to(tl.int32)
+        zero = tl.load(origin + b).to(tl.int32)
     less = tl.log(factor.to(tl.float32) * 2.3283064365386963e-10)
-    for begin in range(0, tl.max(size, 0), STEP):
-        j = begin + tl.arange(0, STEP)
-        entry = tl.load(
-            slots + (at * blocks + own)[:, None] * BLOCK + j[None, :], mask=j[None, :] < size[:, None], other=0
-        )
-        place = (rank[:, None] + j[None, :]).to(tl.int64) * factor + scatter
-        kept = (j[None, :] < size[:, None]) & ((place + factor) >> 32 != place >> 32) & (place >> 32 < most_rows)
+    ahead = through - count
+    for first in range(tl.program_id(0) * TILE, taken, tl.num_programs(0) * TILE):
+        i = first + tl.arange(0, TILE)
+        own = _block_of(ahead, i, HALVINGS)
+        there = i < taken
+        entry = tl.load(slots + (at * blocks + own) * BLOCK + i - tl.gather(ahead, own, 0), mask=there, other=0)
+        place = i.to(tl.int64) * factor + scatter
+        kept = there & ((place + factor) >> 32 != place >> 32) & (place >> 32 < most_rows)
         to = at * most_rows + (place >> 32)
-        tl.store(rows + to, row[:, None] + (entry & 255), mask=kept)
+        tl.store(rows + to, zero + own * BLOCK + (entry & 255), mask=kept)
         u = tl.maximum(entry >> 8, 1).to(tl.float32) / ONE
         tl.store(log_w + to, -tl.log(u) - less, mask=kept)
 
@@ -357,7 +360,7 @@ def _scored(of_query: Probe, codes: Tensor, size: Tensor, kv: KV, planes: int, p
     (batch, heads, _), kv_heads = of_query.weights.shape, codes.shape[1]
     out = torch.empty(batch, heads, pitch, dtype=torch.float32, device=codes.device)
     shape = shapes(heads // kv_heads, codes, planes)
-    tile = max(SCORED, 16 * shape["PER"])
+    tile = max(SCORED * (2 if batch * kv_heads * pitch > MANY_SCORED * SCORED else 1), 16 * shape["PER"])
     if out.numel():
         with torch.cuda.device_of(codes):
             _count[(triton.cdiv(pitch, tile), kv_heads, batch)](
@@ -379,18 +382,17 @@ def factors(of_query: Probe, codes: Tensor, size: Tensor, kv: KV, planes: int, q
     """Log2 of the factors of a draw, fp32 ``[B, H]``, in two launches."""
     batch, heads, _ = of_query.weights.shape
     row = shapes(heads // codes.shape[1], codes, planes)["PER"]
-    runs = -(-kv.bound // row)
-    pitch = max(min(runs, SAMPLE.value // row), -(-runs >> DOUBLINGS.value), 1) * row
+    # divisible alike at any bound, so that sums are the same in any batch
+    pitch = -(-min(max(kv.bound, 1), SAMPLE.value) // (16 * row)) * 16 * row
     known = _scored(of_query, codes, size, kv, planes, pitch, every=False)
     log_c = torch.empty(batch, heads, dtype=torch.float32, device=codes.device)
-    padded = triton.next_power_of_2(pitch)
     if batch:
         with torch.cuda.device_of(codes):
             _solve[(lists, batch)](
                 *(log_c, known, kv.length.contiguous(), quota.share, quota.keys, lists, pitch),
                 G=heads // lists,
-                PITCH=padded,
-                num_warps=min(32, max(4, padded // 512)),
+                G_PAD=triton.next_power_of_2(heads // lists),
+                num_warps=SOLVE_WARPS,
                 **chained(codes),
             )
     return log_c
@@ -424,8 +426,6 @@ def draw(
     page = 0 if kv.table is None else tokens
     run = min(page or BLOCK.value, BLOCK.value)
     each = min(MOST_BLOCKS, max(1, triton.cdiv(blocks * kv_heads * batch, RESIDENT)))
-    if batch:
-        span = min(64, max(16, triton.next_power_of_2(blocks * lists * batch // CLOSED_UP)))
     with torch.cuda.device_of(codes):
         _take[(triton.cdiv(blocks, each), kv_heads, batch)](
             *(slots, counts, sums, *of_query, log_c, codes, size, positions, state, *place),
@@ -444,12 +444,11 @@ def draw(
             num_warps=1,
             **chained(codes),
         )
-        _close_up[(triton.cdiv(blocks, span), lists, batch)](
+        _close_up[(min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE)), lists, batch)](
             *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums, positions, state),
             *(*place[:3], lists, blocks, most_rows),
-            BLOCKS_PAD=triton.next_power_of_2(blocks),
-            SPAN=span,
-            STEP=min(BLOCK.value, CLOSED_ROWS // span),
+            HALVINGS=(blocks - 1).bit_length(),
+            TILE=CLOSED_TILE,
             INDEPENDENT=independent,
             HAS_ORIGIN=kv.origin is not None,
             num_warps=4,

@@ -11,7 +11,7 @@ from torch import Tensor
 from keysift.ops.chain_triton import chained, wait_for_previous
 from keysift.ops.pages import LSE_PAGES, Quota, page_count, touched
 from keysift.ops.paging_triton import row_offsets
-from keysift.ops.select_triton import LOG2E, cut, held, keys_of, tile_of, write_chosen
+from keysift.ops.select_triton import LOG2E, cut, keys_of, tile_of, write_chosen
 from keysift.types import KV, Selection
 
 EXTEND_PAGES = 16  # Quest pages of a program
@@ -91,8 +91,8 @@ def top(
     rows = torch.empty(batch, chosen, most_pages * unit, dtype=torch.int32, device=device)
     used = torch.empty(batch, chosen, dtype=torch.int32, device=device)
     best = torch.empty(batch, chosen, most_pages, dtype=torch.int32, device=device)
-    tile, whole, warps = tile_of(pages)
-    values = score if whole else torch.empty(batch, chosen, score.stride(1), dtype=torch.float32, device=device)
+    tile, tiles, warps = tile_of(pages)
+    values = score if tiles else torch.empty(batch, chosen, score.stride(1), dtype=torch.float32, device=device)
     quota = count if isinstance(count, Quota) else Quota()
     if used.numel():
         with torch.cuda.device_of(score):
@@ -108,7 +108,7 @@ def top(
                 G_PAD=triton.next_power_of_2(heads // chosen),
                 PARTS=triton.next_power_of_2(max(lse.shape[2], 1)),
                 TILE=tile,
-                WHOLE=whole,
+                TILES=tiles,
                 ROWS_TILE=min(ROWS_TILE, triton.next_power_of_2(most_pages * unit)),
                 num_warps=warps,
                 **chained(score),
@@ -178,8 +178,9 @@ def _score(
 ):  # fmt: skip
     """Scores of ``PAGES`` Quest pages for the heads of a group, a tile at a time while later ones are being loaded; the
     two bounds of a page are one row of a product."""
-    wait_for_previous(CHAINED)
     b, kv_head = tl.program_id(1) // kv_heads, (tl.program_id(1) % kv_heads).to(tl.int64)
+    bounds += kv_head * side_head
+    wait_for_previous(CHAINED)
     first, begin, end = _limits(origin, start, length, b, ORIGIN)
     g = tl.arange(0, G_PAD)
     head = (b * kv_heads + kv_head) * G + g  # int64: kv_head is
@@ -193,7 +194,6 @@ def _score(
     x = x.T
     peak = tl.full((G_PAD,), LOWEST, tl.float32)
     mass = tl.zeros((G_PAD,), tl.float32)
-    bounds += kv_head * side_head
     for i in tl.range(0, PAGES, TILE, num_stages=STAGES):
         page = tl.program_id(0) * PAGES + i + tl.arange(0, TILE)
         row = first + page * UNIT
@@ -260,7 +260,7 @@ def _top(
     count, share, more, heads, pitch, most, parts, lse_b, lse_head, lse_part,
     UNIT: tl.constexpr, ORIGIN: tl.constexpr, QUOTA: tl.constexpr, SHARED: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, PARTS: tl.constexpr,
-    TILE: tl.constexpr, WHOLE: tl.constexpr, ROWS_TILE: tl.constexpr, CHAINED: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, ROWS_TILE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Pages, then rows, of one KV head or query head."""
     wait_for_previous(CHAINED)
@@ -276,10 +276,12 @@ def _top(
         shift = _shifts(lse, parts, lse_head, lse_part, G, G_PAD, PARTS)
     else:
         shift = 0.0
-    if WHOLE:
+    keys = ()
+    if TILES > 0:
         row = score
-        page = tl.arange(0, TILE)
-        keys = keys_of(_values(score, shift, 0, low, high, pitch, SHARED, G, G_PAD, TILE), page < high)
+        for i in tl.static_range(TILES):
+            value = _values(score, shift, i * TILE, low, high, pitch, SHARED, G, G_PAD, TILE)
+            keys = keys + (keys_of(value, i * TILE + tl.arange(0, TILE) < high),)  # type: ignore[assignment]  # noqa: RUF005
     else:
         row = values + at * pitch
         for from_page in range(0, high, TILE):
@@ -287,10 +289,9 @@ def _top(
             page = from_page + tl.arange(0, TILE)
             tl.store(row + page, value, mask=page < high)
         tl.debug_barrier()
-        keys = held(row, high, TILE, WHOLE)
-    least, tie, room, number = cut(keys, row, high, wanted, TILE, WHOLE)
+    least, tie, room, number = cut(keys, row, high, wanted, TILE, TILES)
     best += at * most
-    write_chosen(keys, row, high, best, least, tie, room, TILE, WHOLE)
+    write_chosen(keys, row, high, best, least, tie, room, TILE, TILES)
     tl.debug_barrier()  # other threads wrote the pages
     earliest = tl.load(best, mask=number > 0, other=0)
     latest = tl.load(best + number - 1, mask=number > 0, other=0)

@@ -1,4 +1,4 @@
-"""Writing the newest rows of sequences into their pages."""
+"""Writing the newest rows of sequences into their pages, and parts of their rows."""
 
 from __future__ import annotations
 
@@ -34,12 +34,23 @@ def write_rows_reference(k: Tensor, v: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, t
     k[at], v[at] = k_BTKD, v_BTKD
 
 
-def move_on(reached: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """How far views had been worked through: ``reached`` (int64 ``[B]``) cut to them; then it moves to their ends."""
-    if on_gpu(reached):
-        from keysift.ops.rows_triton import move
+def part_bounds(
+    start: Tensor, length: Tensor, end: Tensor, sinks: int, window: int, last: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """First row and number of the rows after the first ``sinks`` and before the last ``window``.
 
-        return move(reached, start, length)
-    done = torch.minimum(reached, start + length).maximum(start)
-    reached.copy_(start + length)
-    return done
+    Args:
+        start, length: first row of each sequence, and one past its last, int64 ``[B]``.
+        end: where the part's window ends, int64 ``[B]``.
+        sinks, window: rows that are left out.
+        last: so many rows of the part, at its end, are all that is meant; None for all.
+    """
+    if on_gpu(start):
+        from keysift.ops.rows_triton import bounds
+
+        return bounds(start, length, end, sinks, window, last)
+    first = torch.minimum(start + sinks, length)
+    stop = (end - window).maximum(first)
+    if last is not None:
+        first = (stop - last).maximum(first)
+    return first, stop - first

@@ -54,24 +54,34 @@ def _write(
     tl.store(v + page * v_page + row * v_row + head * v_head + dv, x, mask=inside)
 
 
-def move(reached: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """``move_on`` in one launch."""
-    done = torch.empty_like(reached)
-    with torch.cuda.device_of(reached):
-        _move[(1,)](
-            *(done, reached, start, length, *(x.stride(0) for x in (reached, start, length)), len(reached)),
-            SIZE=triton.next_power_of_2(max(1, len(reached))),
-            **chained(reached),
-        )
-    return done
+def bounds(
+    start: Tensor, length: Tensor, end: Tensor, sinks: int, window: int, last: int | None
+) -> tuple[Tensor, Tensor]:
+    """``part_bounds`` in one launch."""
+    first, rows = (torch.empty(len(start), dtype=torch.int64, device=start.device) for _ in range(2))
+    if len(start):
+        with torch.cuda.device_of(start):
+            _bounds[(1,)](
+                *(first, rows, start, length, end, *(x.stride(0) for x in (start, length, end))),
+                *(len(start), sinks, window, last or 0),
+                CUT=last is not None,
+                SIZE=triton.next_power_of_2(len(start)),
+                **chained(start),
+            )
+    return first, rows
 
 
 @triton.jit
-def _move(done, reached, start, length, of_reached, of_start, of_length, n, SIZE: tl.constexpr, CHAINED: tl.constexpr):
+def _bounds(
+    first, rows, start, length, end, of_start, of_length, of_end, n, sinks, window, last,
+    CUT: tl.constexpr, SIZE: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     wait_for_previous(CHAINED)
     b = tl.arange(0, SIZE)
-    first = tl.load(start + b * of_start, mask=b < n, other=0)
-    end = first + tl.load(length + b * of_length, mask=b < n, other=0)
-    was = tl.load(reached + b * of_reached, mask=b < n, other=0)
-    tl.store(done + b, tl.maximum(tl.minimum(was, end), first), mask=b < n)
-    tl.store(reached + b * of_reached, end, mask=b < n)
+    low = tl.load(start + b * of_start, mask=b < n, other=0) + sinks
+    low = tl.minimum(low, tl.load(length + b * of_length, mask=b < n, other=0))
+    stop = tl.maximum(tl.load(end + b * of_end, mask=b < n, other=0) - window, low)
+    if CUT:
+        low = tl.maximum(stop - last, low)
+    tl.store(first + b, low, mask=b < n)
+    tl.store(rows + b, stop - low, mask=b < n)

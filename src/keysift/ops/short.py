@@ -17,7 +17,6 @@ def short_attention(
     scale: float,
     dtype: torch.dtype = torch.float32,
     splits: int | None = None,
-    arrivals: Tensor | None = None,
 ) -> Partial:
     """Causal attention of the last T positions of each sequence over all rows of the view, for small T.
 
@@ -30,19 +29,15 @@ def short_attention(
         scale: factor on q.k.
         dtype: of the output.
         splits: shares of a sequence's rows; None chooses by the device. Never changes more than rounding.
-        arrivals: zeros, int32 ``[B, K]``; as for ``gather_attention``.
 
     Returns:
         Partial; 0 and -inf for a query before the first key.
-
-    Raises:
-        ValueError: arrivals of another shape or type, or elsewhere.
     """
     if on_gpu(q_BTHD):
         from keysift.ops import gather_triton, split_merge_triton
 
         if split_merge_triton.takes(q_BTHD, kv):
-            return gather_triton.short(q_BTHD, kv, scale, dtype, splits, arrivals)
+            return gather_triton.short(q_BTHD, kv, scale, dtype, splits)
     return short_attention_reference(q_BTHD, kv, scale, dtype)
 
 

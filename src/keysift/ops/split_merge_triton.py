@@ -20,7 +20,7 @@ from keysift.types import KV, Partial
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_SPLITS = 128
-MERGED_ELEMENTS = 8192  # of partial outputs that a program holds at a time
+MERGED_ELEMENTS = 8192  # of partial outputs that a program merges
 
 
 class Config(NamedTuple):
@@ -67,7 +67,7 @@ class Launch(NamedTuple):
         q: queries ``[B, T, H, D]``.
         k, v: keys and values, with rows in one piece.
         slots: rows of programs a sequence: KV heads, or query heads where each reads its own rows.
-        result: where results go: out, lse, partial out, partial lse, splits in use, arrivals.
+        result: where results go: out, lse, partial out, partial lse.
         constants: constexpr arguments of the attention kernels.
     """
 
@@ -80,48 +80,39 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def merge(self) -> Partial:
-        """Merge what the programs left, unless they did it themselves."""
+        """Merge what the programs left, if there were several a head."""
         out, lse = self.result[:2]
         c = self.constants
-        if self.splits > 1 and not c["FOLD"] and out.numel():
+        if self.splits > 1 and out.numel():
+            together = triton.next_power_of_2(self.splits)
+            tile = min(c["DV_PAD"], max(16, MERGED_ELEMENTS // together))
             with torch.cuda.device_of(out):
-                _merge[(c["ROWS"], self.slots, out.shape[0])](
+                _merge[(c["ROWS"] * (c["DV_PAD"] // tile), self.slots, out.shape[0])](
                     self.result,
                     self.splits,
-                    **{name: c[name] for name in ("T", "H", "G", "ROWS", "DV", "DV_PAD")},
-                    CHUNK=max(1, MERGED_ELEMENTS // 2 // c["DV_PAD"]),
+                    **{name: c[name] for name in ("T", "H", "G", "ROWS", "DV")},
+                    TILE=tile,
+                    SPLITS_PAD=together,
                     num_warps=4,
                     **chained(out),
                 )
         return Partial(out, lse)
 
 
-def prepare(
-    q_BTHD: Tensor, kv: KV, slots: int, splits: int, config: Config, dtype: torch.dtype, arrivals: Tensor | None
-) -> Launch:
-    """Buffers and constants of a launch.
-
-    Raises:
-        ValueError: arrivals of another shape or type, or elsewhere.
-    """
+def prepare(q_BTHD: Tensor, kv: KV, slots: int, splits: int, config: Config, dtype: torch.dtype) -> Launch:
+    """Buffers and constants of a launch."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, kv.k, kv.v))
     batch, tokens, heads, dim = q.shape
     v_dim, group = v.shape[3], heads // slots
     rows = tokens * group
-    if arrivals is not None:
-        described = (tuple(arrivals.shape), arrivals.dtype, arrivals.device, arrivals.is_contiguous())
-        if described != (needed := ((batch, slots), torch.int32, q.device, True)):
-            raise ValueError(f"arrivals are {described}: need contiguous zeros, {needed}")
     out = torch.empty(batch, tokens, heads, v_dim, dtype=dtype, device=q.device)
     lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
-    part_out, part_lse, used = out, lse, lse  # unread where there is one split
+    part_out, part_lse = out, lse  # unread where there is one split
     if splits > 1:
         part_out = torch.empty(batch, slots, splits, rows, v_dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(batch, slots, splits, rows, dtype=torch.float32, device=q.device)
-        used = torch.empty(batch, slots, dtype=torch.int32, device=q.device)
     wide = widened(q, kv)
     d_pad, dv_pad = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    together = min(4, triton.next_power_of_2(group))
     constants = {
         "T": tokens,
         "H": heads,
@@ -136,9 +127,6 @@ def prepare(
         "PAGE": 0 if kv.table is None else k.shape[1],
         "ALIKE": k.stride() == v.stride(),
         "ALONE": splits == 1,  # not their number, which may change from step to step
-        "FOLD": arrivals is not None,
-        "TOGETHER": together,
-        "CHUNK": max(1, MERGED_ELEMENTS // (together * dv_pad)),
         "WIDEN": wide,
         "PRECISION": "tf32x3" if wide else "tf32",  # read for fp32 alone
         "BLOCK_N": config.block_n,
@@ -147,8 +135,7 @@ def prepare(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    result = (out, lse, part_out, part_lse, used, used if arrivals is None else arrivals)
-    return Launch(q, k, v, slots, splits, result, constants)
+    return Launch(q, k, v, slots, splits, (out, lse, part_out, part_lse), constants)
 
 
 @triton.jit
@@ -201,97 +188,64 @@ def fold(state, score, tile_v, PRECISION: tl.constexpr):
 
 @triton.jit
 def finish(
-    state, result, split, used, b, slot,
+    state, result, split, b, slot,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, M_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr, ALONE: tl.constexpr, FOLD: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
+    DV_PAD: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Write the result, or a share of it; where FOLD, the last of the ``used`` shares to arrive merges them."""
+    """Write the result, or a share of it."""
     top, total, acc = state
-    out, lse, part_out, part_lse, used_of, arrivals = result
+    out, lse, part_out, part_lse = result
     total = tl.sum(total, 1)
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     log_sum = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
     m = tl.arange(0, M_PAD)
-    if ALONE:
-        _store(acc, log_sum, out, lse, m, b, slot, T, H, G, ROWS, DV, DV_PAD)
-    else:
-        splits = tl.num_programs(0)
-        pair = b * tl.num_programs(1) + slot
-        row = (pair * splits + split).to(tl.int64) * ROWS + m
-        d = tl.arange(0, DV_PAD)
-        tl.store(part_out + row[:, None] * DV + d[None, :], acc, mask=(m < ROWS)[:, None] & (d < DV)[None, :])
-        tl.store(part_lse + row, log_sum, mask=m < ROWS)
-        if FOLD:
-            tl.debug_barrier()  # all threads have stored their part before one says so
-            if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == used - 1:
-                for first in range(0, ROWS, TOGETHER):
-                    _merge_rows(result, splits, used, first, b, slot, T, H, G, ROWS, DV, DV_PAD, TOGETHER, CHUNK)
-                tl.store(arrivals + pair, 0)  # ready for the next launch
-        elif split == 0:
-            tl.store(used_of + pair, used)
-
-
-@triton.jit
-def _store(
-    acc, log_sum, out, lse, m, b, slot,
-    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-):  # fmt: skip
-    """Write the results of query rows ``m``; their log-sum-exps come in units of log2."""
-    ln2: tl.constexpr = 0.6931471805599453
-    row = (b * T + m // G).to(tl.int64) * H + slot * G + m % G
     d = tl.arange(0, DV_PAD)
     kept = (m < ROWS)[:, None] & (d < DV)[None, :]
-    tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), mask=kept)
-    tl.store(lse + row, log_sum * ln2, mask=m < ROWS)
+    if ALONE:
+        ln2: tl.constexpr = 0.6931471805599453
+        row = (b * T + m // G).to(tl.int64) * H + slot * G + m % G
+        tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), mask=kept)
+        tl.store(lse + row, log_sum * ln2, mask=m < ROWS)
+    else:
+        row = ((b * tl.num_programs(1) + slot) * tl.num_programs(0) + split).to(tl.int64) * ROWS + m
+        tl.store(part_out + row[:, None] * DV + d[None, :], acc, mask=kept)
+        tl.store(part_lse + row, log_sum, mask=m < ROWS)
 
 
 @triton.jit
-def _merge_rows(
-    result, splits, used, first, b, slot,
-    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Merge the shares of query rows ``first .. first + TOGETHER - 1``, ``CHUNK`` splits at a time."""
-    m = first + tl.arange(0, TOGETHER)
-    d = tl.arange(0, DV_PAD)
-    start = (b * tl.num_programs(1) + slot).to(tl.int64) * splits
-    top = tl.full([TOGETHER], float("-inf"), tl.float32)
-    total = tl.zeros([TOGETHER], tl.float32)
-    acc = tl.zeros([TOGETHER, DV_PAD], tl.float32)
-    for chunk in range(0, used, CHUNK):
-        split = chunk + tl.arange(0, CHUNK)
-        there = (split < used)[:, None] & (m < ROWS)[None, :]
-        row = (start + split)[:, None] * ROWS + m[None, :]
-        # past the first-level cache, which does not see what other multiprocessors write
-        part = tl.load(result[3] + row, mask=there, other=float("-inf"), cache_modifier=".cg")
-        values = tl.load(
-            result[2] + row[:, :, None] * DV + d[None, None, :],
-            mask=there[:, :, None] & (d < DV)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_top = tl.maximum(top, tl.max(part, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(part - base[None, :])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weight, 0)
-        acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * values, 0)
-        top = new_top
-    empty = total == 0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    log_sum = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-    _store(acc, log_sum, result[0], result[1], m, b, slot, T, H, G, ROWS, DV, DV_PAD)
+def leave_nothing(result, split, b, slot, ROWS: tl.constexpr, M_PAD: tl.constexpr):
+    """What a program without a share tells the merge; its output is not read."""
+    m = tl.arange(0, M_PAD)
+    row = ((b * tl.num_programs(1) + slot) * tl.num_programs(0) + split).to(tl.int64) * ROWS + m
+    tl.store(result[3] + row, tl.full([M_PAD], float("-inf"), tl.float32), mask=m < ROWS)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge(
     result, splits, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
-    DV_PAD: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
+    TILE: tl.constexpr, SPLITS_PAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One query row of a program's; the grid is (rows, slots, sequences)."""
+    """``TILE`` values of one query row; the grid is (rows times tiles, slots, sequences)."""
     wait_for_previous(CHAINED)
+    ln2: tl.constexpr = 0.6931471805599453
+    out, lse, part_out, part_lse = result
     b = tl.program_id(2)
     slot = tl.program_id(1)
-    used = tl.load(result[4] + b * tl.num_programs(1) + slot)
-    _merge_rows(result, splits, used, tl.program_id(0), b, slot, T, H, G, ROWS, DV, DV_PAD, 1, CHUNK)
+    m = tl.program_id(0) % ROWS
+    d = tl.program_id(0) // ROWS * TILE + tl.arange(0, TILE)
+    split = tl.arange(0, SPLITS_PAD)
+    there = split < splits
+    row = ((b * tl.num_programs(1) + slot).to(tl.int64) * splits + split) * ROWS + m
+    part = tl.load(part_lse + row, mask=there, other=float("-inf"))
+    at = part_out + row[:, None] * DV + d[None, :]
+    values = tl.load(at, mask=there[:, None] & (d < DV)[None, :], other=0.0)  # does not wait for what is empty
+    top = tl.max(part, 0)
+    weight = tl.exp2(part - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    empty = total == 0
+    acc = tl.sum(tl.where((weight > 0)[:, None], weight[:, None] * values, 0.0), 0) / tl.where(empty, 1.0, total)
+    row = (b * T + m // G).to(tl.int64) * H + slot * G + m % G
+    tl.store(out + row * DV + d, acc.to(out.dtype.element_ty), mask=d < DV)
+    if tl.program_id(0) < ROWS:
+        tl.store(lse + row, tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * ln2))
