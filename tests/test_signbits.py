@@ -180,8 +180,9 @@ def test_the_budget_is_kept_on_average_and_nothing_is_read_beyond_it(per, keep):
     read = torch.stack([(weights(method, q, store, seed) > 0).sum(-1) for seed in range(8)]).float().mean(0)
     budget = keep * (3000 - 20)
     assert read.shape == (2, 2 if per == "kv_head" else 8)
-    assert (read < 1.1 * budget).all()
-    assert (read > (0.9 if per == "query_head" else 0.4) * budget).all()  # heads that want the same rows share them
+    shared = 1 if per == "query_head" else 0.4  # heads that want the same rows share them
+    assert 0.9 * shared * budget < read.mean() < 1.1 * budget
+    assert (read > 0.75 * shared * budget).all() and (read < 1.25 * budget).all()  # a head's, as far as a sample tells
 
 
 def test_a_budget_in_keys_counts_sinks_and_window():

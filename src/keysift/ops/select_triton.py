@@ -28,7 +28,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def tile_of(entries: int) -> tuple[int, int, int]:
     """Entries of a tile, the tiles that a program holds (0 if a row is too long for that), and its warps."""
     if entries > WHOLE_ROW:
-        return LOOP_TILE, 0, 32
+        return min(LOOP_TILE, WHOLE_ROW), 0, 32
     tile = min(max(16, triton.next_power_of_2(entries)), HELD_TILE)
     tiles = max(1, triton.cdiv(entries, tile))
     return tile, tiles, MOST_WARPS if tiles > WIDE else max(1, min(WARPS, tile // 64))
