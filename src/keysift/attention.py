@@ -10,14 +10,16 @@ from torch import Tensor
 
 from keysift.cache import Store
 from keysift.meter import Meter
+from keysift.offload import HOST, OffloadedStore
 from keysift.ops.block_sparse import Backend, block_sparse_attention, block_sparse_attention_varlen
 from keysift.ops.coverage import mass_covered
 from keysift.ops.crossover import dense_below_bytes
 from keysift.ops.dense import dense_attention, dense_attention_lse
 from keysift.ops.gather import gather_attention
+from keysift.ops.merge import merge
 from keysift.ops.prune import prune
 from keysift.ops.short import short_attention
-from keysift.types import KV, BlockMask, Ctx, Decode, Prefill
+from keysift.types import KV, BlockMask, Ctx, Decode, Partial, Prefill, Selection
 
 LIST_BYTES = 1 << 28  # block lists of a sequence, and the masks they are made of, exist for so many bytes at a time
 
@@ -215,6 +217,42 @@ def decode(
         if meter.measure_error:
             meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
     return part.out[:, 0], part.lse[:, 0] if with_lse else None
+
+
+def decode_offloaded(q_BHD: Tensor, store: OffloadedStore, method: Decode, ctx: Ctx, meter: Meter) -> Tensor:
+    """The same where the middle is on the host: the device attends to sinks and window while the host does the rest.
+
+    Returns:
+        Output in q's dtype ``[B, H, Dv]``.
+    """
+    near = store.near
+    kv = near.view()
+    nobody = torch.zeros(len(q_BHD), kv.k.shape[2], 1, dtype=torch.int32, device=kv.k.device)
+    beside = gather_attention(
+        q_BHD, kv, Selection(nobody, nobody[..., 0]), ctx.scale, near.middle(method)
+    )  # launched before anything waits
+    q = q_BHD.to(HOST)
+    far = _from_host(q, store.host, method, ctx, meter)
+    part = merge(beside, Partial(*(x.to(q_BHD.device) for x in far)))
+    return part.out[:, 0].to(q_BHD.dtype)
+
+
+def _from_host(q_BHD: Tensor, host: Store, method: Decode, ctx: Ctx, meter: Meter) -> Partial:
+    """Attention over what is selected of the middle, or all of it."""
+    kv, middle, selection = host.view(), host.middle(method), None
+    ctx = ctx._replace(positions=kv.length - 1)
+    if chooses(method, host, ctx.layer):
+        index = host.index(method, q_BHD, ctx)
+        selection = method.select(q_BHD, middle, index, ctx)
+    if selection is None:
+        meter.add_step(kv, q_BHD.shape[1], ctx.layer, None, None, 0)
+        return short_attention(q_BHD[:, None], middle, ctx.scale)
+    scanned = method.scan_bytes(middle, index)
+    if method.top_p is not None:
+        scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()
+        selection = prune(selection, q_BHD, kv, ctx.scale, method.top_p)
+    meter.add_step(kv, q_BHD.shape[1], ctx.layer, middle, selection, scanned)
+    return gather_attention(q_BHD, kv, selection, ctx.scale)
 
 
 def chooses(method: Decode, store: Store, layer: int) -> bool:

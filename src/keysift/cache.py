@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ class Store:
             raise ValueError(f"batch of {batch} for a cache of {len(self.slots)} sequences")
         assert self.slots is not None and self.k is not None and self.v is not None
         if self.length + tokens > self.slots.page:
-            self._grow(_rows_with_room(self.length, self.length + tokens))
+            self._grow(rows_with_room(self.length, self.length + tokens))
         self.slots.append(tokens)
         rows = slice(self.length - tokens, self.length)
         self.k[:, rows], self.v[:, rows] = k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2)
@@ -113,6 +115,19 @@ class Store:
                 name: x if self._kinds[name] is None else x.index_select(0, rows.to(x.device))
                 for name, x in self._index.items()
             }
+
+    def copied(self, device: torch.device, copy: Callable[[Tensor], Tensor]) -> Store:
+        """The same rows and side data on another device, by ``copy``; for sequences in one piece."""
+        slots, k, v = self._made()
+        other = Store()
+        with ordinary_tensors():
+            other.slots = slots.copied(device)
+            other.slots.stores.append(other)
+            other.k, other.v = copy(k), copy(v)
+            other._tail = None if self._tail is None else copy(self._tail)
+            other._index = {name: copy(x) for name, x in self._index.items()}
+        other._kinds, other._built_by, other._seen = dict(self._kinds), self._built_by, list(self._seen)
+        return other
 
     def copy_page(self, source: int, to: int) -> None:
         """What ``Slots`` asks for when a shared page is about to be written."""
@@ -241,7 +256,7 @@ class Store:
     def _start(self, k_BKTD: Tensor, v_BKTD: Tensor) -> None:
         """Slots of our own, and room for the first rows."""
         batch, _, tokens, _ = k_BKTD.shape
-        self.slots = Slots.in_pieces(batch, _rows_with_room(0, tokens), k_BKTD.device)
+        self.slots = Slots.in_pieces(batch, rows_with_room(0, tokens), k_BKTD.device)
         self.slots.stores.append(self)
         with ordinary_tensors():
             self.k, self.v = (
@@ -265,7 +280,7 @@ class Store:
                 self._index |= {name: _overlaid(self._blank(kind), self._index[name]) for name, kind in kinds.items()}
 
 
-def _rows_with_room(used: int, needed: int) -> int:
+def rows_with_room(used: int, needed: int) -> int:
     """Capacity for ``needed`` rows and at least one more, with a quarter of what is used to spare."""
     return -(-max(needed + 1, used + used // 4) // ROOM) * ROOM
 

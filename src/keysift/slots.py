@@ -197,6 +197,16 @@ class Slots:
             self.table = torch.zeros(len(rows), 1, dtype=torch.int32, device=self.device)
         self._views.clear()
 
+    def copied(self, device: torch.device) -> Slots:
+        """The same sequences for rows on another device; in one piece only."""
+        assert self.in_one_piece
+        other = Slots.in_pieces(len(self), self.page, device)
+        other.starts, other.lengths, other.prompts = list(self.starts), list(self.lengths), list(self.prompts)
+        for own, known in ((other.start, other.starts), (other.length, other.lengths), (other.prompt, other.prompts)):
+            own.copy_(torch.tensor(known))
+        other.appended = list(self.appended)
+        return other
+
     # ---- what the device counts -------------------------------------------------------------------------------------
 
     def append(self, rows: int | Sequence[int] | Tensor, most: int = 1) -> None:

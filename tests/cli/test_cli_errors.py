@@ -33,6 +33,8 @@ Cli = Callable[..., Result]
         (["generate", "--prompt", "x", "--prefill", "magicpig"], ["magicpig", "flexprefill"]),
         (["generate", "--prompt", "x", "--decode", "magicpig:K=100"], ["K=100"]),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
+        (["generate", "--prompt", "x", "--kv-device", "disk"], ["kv_device=disk", "gpu", "cpu"]),
+        (["generate", "--prompt", "x", "--host-memory", "0"], ["host_memory=0", "GiB"]),
         (["generate", "--prompt", "x", "--max-new-tokens", "many"], ["--max-new-tokens", "integer"]),
         (["generate", "--prompt", "x", "--prefill-chunk", "-1"], ["prefill_chunk=-1"]),
         (["generate", "--prompt", "x", "--temperature", "-1"], ["temperature=-1"]),

@@ -74,6 +74,18 @@ def test_sparse_methods_report_that_they_read_less(cli: Cli, folders: dict[str, 
     assert 0 < stats["kept_fraction"] < 1
 
 
+def test_keys_in_host_memory_give_the_same_or_are_refused_in_one_line(cli: Cli, folders: dict[str, Path]) -> None:
+    args = ["generate", "--model", folders["model"], "--prompt", PROMPT, "--max-new-tokens", 9, "--json"]
+    sparse = ["--decode", "topk:budget=80,dense_below=0"]
+    there = json_of(cli(*args, *sparse, "--kv-device", "cpu", "--host-memory", "1"))
+    here = json_of(cli(*args, *sparse))
+    assert there["token_ids"] == here["token_ids"]
+    assert there["stats"]["kept_fraction"] == pytest.approx(here["stats"]["kept_fraction"])
+    refused = cli(*args, *sparse, "--kv-device", "cpu", "--host-memory", "1e-5")
+    assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
+    assert "GiB of host memory" in refused.err and "shorten the prompt" in refused.err
+
+
 def test_one_token_has_no_speed(cli: Cli, folders: dict[str, Path]) -> None:
     out = json_of(cli("generate", "--model", folders["model"], "--prompt", "x", "--max-new-tokens", 1, "--json"))
     assert out["stats"]["tokens_per_s"] is None

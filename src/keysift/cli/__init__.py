@@ -57,6 +57,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return fail(error.format_message())
     except ValueError as error:
         return fail(str(error))
+    except MemoryError as error:
+        return fail(str(error) or "out of memory", code=1)
     except OSError as error:  # standard output cannot be written: a full disk
         if isinstance(error, BrokenPipeError):
             raise

@@ -20,7 +20,9 @@ from keysift.checkpoint import encode, load, pick_device, pick_dtype
 from keysift.cli import options
 from keysift.cli.prompt import new_tokens_allowed, read_prompt
 from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
+from keysift.hf.attach import KV_DEVICES
 from keysift.methods import parse
+from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
@@ -51,6 +53,12 @@ def command(
     chat: options.Chat = False,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    kv_device: Annotated[
+        str, option(metavar="gpu|cpu", help="Where keys and values are: with the model, or in host memory.")
+    ] = "gpu",
+    host_memory: Annotated[
+        float | None, option(metavar="GIB", show_default="what is free", help="What they may take there.")
+    ] = None,
     prefill_chunk: Annotated[int | None, option(metavar="N", help="Read the prompt N tokens at a time.")] = None,
     as_json: Annotated[bool, option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
@@ -60,6 +68,9 @@ def command(
     check_range("seed", seed, 0, 2**63 - 1)
     check_range("max_new_tokens", max_new_tokens, 1)
     check_range("prefill_chunk", prefill_chunk, 1)
+    one_of("kv_device", kv_device, KV_DEVICES)
+    if host_memory is not None and not 0 < host_memory < math.inf:
+        raise ValueError(f"host_memory={host_memory}: choose more than 0, in GiB")
     text = read_prompt(prompt, prompt_file, dash)
     where = pick_device(device)
     console = Console(stderr=True)
@@ -75,7 +86,8 @@ def command(
         "max_new_tokens": allowed,
     }
     torch.manual_seed(seed)
-    with keysift.attach(lm, **methods, seed=seed) as attachment:
+    limit = None if host_memory is None else max(1, int(host_memory * 2**30))
+    with keysift.attach(lm, **methods, seed=seed, kv_device=kv_device, host_memory=limit) as attachment:
         out = run(lm, tokenizer, arguments, attachment, console, no_text if as_json else write)
     if as_json:
         print(json.dumps(out._asdict()))

@@ -19,12 +19,14 @@ from keysift.cache import Store
 from keysift.hf.cache import adopt
 from keysift.meter import Meter
 from keysift.methods import dense, parse
+from keysift.offload import HostMemory, HostTier, OffloadedStore
 from keysift.types import KV, Ctx, check_seed, one_of
 
 NAME = "keysift"
 SHORT_RUN = 16  # outside a prompt, so few queries read all keys: a verification pass, where dense costs little
 DENSE = dense.Method()
 READINGS = ("sparse", "dense", "decode")
+KV_DEVICES = ("gpu", "cpu")
 
 
 class Mask(NamedTuple):
@@ -74,6 +76,8 @@ class Attachment:
     prefill: Any
     decode: Any
     seed: int = 0
+    kv_device: str = "gpu"
+    host_memory: int | None = None
     meter: Meter = field(default_factory=Meter)
     in_prompt: bool = False  # transformers is inside its prefill, in however many chunks
     how: str | None = None  # set by `reading`
@@ -139,7 +143,15 @@ class Attachment:
         self.detach()
 
 
-def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense", *, seed: int = 0) -> Attachment:
+def attach(
+    model: PreTrainedModel,
+    prefill: Any = "dense",
+    decode: Any = "dense",
+    *,
+    seed: int = 0,
+    kv_device: str = "gpu",
+    host_memory: int | None = None,
+) -> Attachment:
     """Run a model's attention through keysift: ``with attach(model, prefill=SPEC, decode=SPEC): model.generate(...)``.
 
     Without ``with`` it stays until ``detach``. Attaching again replaces the methods until that attachment is detached.
@@ -148,12 +160,18 @@ def attach(model: PreTrainedModel, prefill: Any = "dense", decode: Any = "dense"
         model: a Hugging Face decoder; its weights and its code stay as they are.
         prefill, decode: SPECs such as "flexprefill:gamma=0.95" and "magicpig:K=10,L=150", or method objects.
         seed: of the methods' random draws.
+        kv_device: "gpu": keys and values are where the model is; "cpu": in host memory, whose rows the CPU attends to,
+            but for sinks, window and layers that the method reads densely (arXiv:2410.16179).
+        host_memory: bytes that they may take there; None for what is free. A prompt that needs more is refused with a
+            MemoryError before it is read.
 
     Raises:
         ValueError: unknown method or option, or a model or cache kind that cannot be served correctly; says which.
     """
     check_seed(seed)
-    link = Attachment(model, parse(prefill, "prefill"), parse(decode, "decode"), seed)
+    one_of("kv_device", kv_device, KV_DEVICES)
+    HostMemory(host_memory)
+    link = Attachment(model, parse(prefill, "prefill"), parse(decode, "decode"), seed, kv_device, host_memory)
     modules = _attention_modules(model)
     _refuse_unsupported(model, modules)
     implementations = {id(m.config): (m, m.config._attn_implementation) for m in reversed(_submodels(model))}
@@ -194,9 +212,11 @@ def attention_function(
     """
     _refuse_arguments(module, dropout, kwargs)
     link: Attachment | None = module.__dict__.get("_keysift")
-    store: Store | None = getattr(key, "_keysift_store", None)
+    store: Any = getattr(key, "_keysift_store", None)
     if store is not getattr(value, "_keysift_store", None):
         raise ValueError(f"{type(module).__name__} rearranges cached keys or values: this model is not supported")
+    if isinstance(store, OffloadedStore):
+        return _offloaded(module, query.transpose(1, 2), store, link, attention_mask, scaling), None
     if not isinstance(attention_mask, Mask):  # a mask of the user's or the model's own: exact, by torch SDPA
         if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
             raise ValueError(f"{type(module).__name__} passes no mask to keysift: this model is not supported")
@@ -281,6 +301,30 @@ def _paged_step(module: nn.Module, q: Tensor, store: Store, link: Attachment | N
         raise ValueError(f"{type(module).__name__}: paged slots take one token a step, without {what}")
     method, meter = (DENSE, Meter()) if link is None else (link.decode, link.meter)
     return path.decode(q[:, 0], store, method, ctx, meter if store.slots.lengths_are_known else None)[0][:, None]
+
+
+def _offloaded(
+    module: nn.Module, q: Tensor, store: OffloadedStore, link: Attachment | None, mask: Any, scaling: float | None
+) -> Tensor:
+    """Attention of a layer whose rows live on the host."""
+    if link is None or not isinstance(mask, Mask) or mask.window is not None:
+        raise ValueError(f"{type(module).__name__}: a cache of kv_device=cpu needs keysift's own causal masks")
+    scale, layer = q.shape[-1] ** -0.5 if scaling is None else scaling, getattr(module, "layer_idx", 0)
+    store.pad(mask.start or [0] * len(q))
+    if q.shape[1] == 1 < store.length and not link.reads_prompt:
+        store.drop_old(link.decode)
+        ctx = Ctx(layer, scale, torch.zeros(0), link.seed)
+        return path.decode_offloaded(q[:, 0], store, link.decode, ctx, link.meter)[:, None]
+    kv = store.whole()
+    if mask.start is not None and mask.end is not None:
+        kv = KV.on(kv.k[:, : store.length], kv.v[:, : store.length], zip(mask.start, mask.end, strict=True))
+    ctx = Ctx(layer, scale, kv.length - 1, link.seed)
+    verifying = store.length > q.shape[1] and not link.reads_prompt
+    method = DENSE if verifying or link.how == "dense" else link.prefill
+    out = _prefill(q, kv, method, ctx, link.meter, mask)
+    if not verifying:
+        store.end_prefill(q, link.decode, ctx)
+    return out.contiguous()
 
 
 def _prefill(q: Tensor, kv: KV, method: Any, ctx: Ctx, meter: Meter, mask: Mask) -> Tensor:
@@ -375,7 +419,9 @@ def _refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any])
 def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if cache is not None and "_keysift" not in cache.__dict__:
-        adopt(cache)
+        link: Attachment = module.__dict__["_keysift"]
+        offloads = link.kv_device == "cpu"
+        adopt(cache, HostTier(link.decode, HostMemory(link.host_memory)) if offloads else None)
 
 
 def _noting_prompts(prefill: Any, link: Attachment) -> Callable[..., Any]:

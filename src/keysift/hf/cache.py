@@ -14,6 +14,7 @@ from transformers.cache_utils import (
 )
 
 from keysift.cache import Store
+from keysift.offload import HostTier, OffloadedStore
 
 
 class KVLayer(DynamicLayer):
@@ -21,11 +22,15 @@ class KVLayer(DynamicLayer):
 
     is_croppable = True
 
-    def __init__(self) -> None:
+    def __init__(self, tier: HostTier | None = None, offloaded: int = 0) -> None:
+        """In a cache of which so many layers live on the host, if it has a tier there."""
         super().__init__()
         self.store = Store()
+        self.tier, self.layers_on_host = tier, offloaded
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.tier is not None:
+            self.tier.admit(key_states, value_states, self.layers_on_host)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -73,6 +78,46 @@ class KVLayer(DynamicLayer):
     prefetch = offload
 
 
+class OffloadedLayer(KVLayer):
+    """One layer whose rows live in host memory: what attention gets back are the new rows, and where they belong."""
+
+    def __init__(self, tier: HostTier, offloaded: int) -> None:
+        super().__init__(tier, offloaded)
+        self.copier = tier.copier
+        self.offloaded = OffloadedStore(self.copier)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.offloaded.append(key_states, value_states)
+        for tensor in (key_states, value_states):
+            tensor._keysift_store = self.offloaded  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.offloaded.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.offloaded.length + query_length, 0
+
+    def reset(self) -> None:
+        self.offloaded = OffloadedStore(self.copier)
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove")
+        self.offloaded.truncate(self.offloaded.length + tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        slots = self.offloaded.slots
+        if slots is not None:
+            self.batch_select_indices(torch.arange(len(slots)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.offloaded.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+
 class KVCache(DynamicCache):
     """A preallocated cache with the methods' side data; pass it as ``past_key_values`` to keep it between turns.
 
@@ -84,8 +129,12 @@ class KVCache(DynamicCache):
         adopt(self)
 
 
-def adopt(cache: Cache) -> None:
+def adopt(cache: Cache, tier: HostTier | None = None) -> None:
     """Put our layers in the place of a dynamic cache's own, what they hold included.
+
+    Args:
+        cache: that of ``generate``, or the user's.
+        tier: for caches whose rows live on the host; None for those on the model's device.
 
     Raises:
         ValueError: static, quantised, offloaded or other caches.
@@ -95,10 +144,18 @@ def adopt(cache: Cache) -> None:
         raise ValueError(f"keysift does not support {kind}: pass a DynamicCache or keysift.KVCache, or none")
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = KVLayer
+    if tier is not None and not cache.layers:
+        raise ValueError("kv_device=cpu: make the cache with the model's config, keysift.KVCache(model.config)")
+    full = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    offloaded = [] if tier is None else [i for i in full if i not in tier.method.dense_layers]
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = ours = KVLayer()
+            of_tier = OffloadedLayer if tier is not None and i in offloaded else KVLayer
+            ours = of_tier(tier, len(offloaded))  # type: ignore[arg-type]
+            cache.layers[i] = ours
             if layer.keys is not None and layer.values is not None and layer.get_seq_length():
+                if isinstance(ours, OffloadedLayer):
+                    raise ValueError("kv_device=cpu: the cache holds rows already; begin with an empty one")
                 ours.update(layer.keys, layer.values)
                 ours.store.end_prompt()
         elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
