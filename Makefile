@@ -11,7 +11,7 @@ TEST_WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-fast lint clean
+.PHONY: help demo test test-fast test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,11 +20,14 @@ help:  ## list the targets
 demo: $(STAMP)  ## answer questions on a long document: dense, FlexPrefill, MagicPIG
 	@$(BIN)/python tools/demo.py
 
-test: $(STAMP)  ## all tests
-	@$(PYTEST) $(ARGS)
+test: $(STAMP)  ## all tests but those of test-slow
+	@$(PYTEST) -m "not soak" $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that take under two minutes together
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not soak" $(ARGS)
+
+test-slow: $(STAMP)  ## what takes minutes: sanitizers
+	@$(PYTEST) -m soak $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -32,9 +35,9 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard src/keysift/ops/cpu/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "keysift needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (downloads PyTorch the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No venv: on Debian and Ubuntu, apt install python3-venv"; exit 1; }

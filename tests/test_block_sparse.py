@@ -328,7 +328,7 @@ def test_backend_that_cannot_take_the_case_says_why():
     case = Case(40, 70, block=32)
     q, k, v = inputs(case)
     kv, mask = KV.of(k, v), BlockMask.of(torch.ones(1, 1, 2, 3, dtype=torch.bool), 32, 1)
-    with pytest.raises(ValueError, match="backend=flash: choose auto, fa4, triton or sdpa"):
+    with pytest.raises(ValueError, match="backend=flash: choose auto, fa4, triton, cpu or sdpa"):
         block_sparse_attention(q, kv, mask, 0.1, backend="flash")
     with pytest.raises(ValueError, match="backend=fa4: needs "):
         block_sparse_attention(q, kv, mask, 0.1, backend="fa4")

@@ -216,7 +216,7 @@ def test_backends_are_checked_and_give_the_same(function):
     expected = function(Q, K, V, **options)
     assert close(function(Q, K, V, **options, backend="sdpa"), expected)
     for backend, message in (
-        ("cuda", "backend=cuda: choose auto, fa4, triton or sdpa"),
+        ("cuda", "backend=cuda: choose auto, fa4, triton, cpu or sdpa"),
         ("fa4", "backend=fa4: needs "),
     ):
         q, k, v = structured_qkv(300)

@@ -121,7 +121,8 @@ def weights(selection: Selection, q, kv):
     else:
         b = torch.arange(len(q))[:, None, None]
         group = torch.arange(heads)[:, None] // (heads // kv.k.shape[2])
-        log_w = selection.log_w.log_w(q, kv.k[b, rows, group].float())
+        keys = kv.k[b, rows.masked_fill(~used, 0), group].float().masked_fill(~used[..., None], 0)
+        log_w = selection.log_w.log_w(q, keys)
     out = torch.full((*rows.shape[:2], kv.k.shape[1] + 1), -math.inf)
     return out.scatter_(-1, rows.long().masked_fill(~used, kv.k.shape[1]), log_w)[..., :-1]
 

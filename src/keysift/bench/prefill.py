@@ -25,7 +25,7 @@ from keysift.bench.inputs import structured_qkv
 from keysift.functional import BACKENDS, NO_LAYER
 from keysift.meter import Meter
 from keysift.methods import dense, describe
-from keysift.ops import fa4
+from keysift.ops import block_sparse_cpu, fa4
 from keysift.ops.block_sparse import Backend, block_sparse_attention, block_sparse_attention_reference
 from keysift.ops.coverage import block_mass
 from keysift.ops.dense import dense_attention, triton_kernels
@@ -94,7 +94,7 @@ class Row:
     Attributes:
         method: its SPEC; "dense" is the baseline.
         backend: as asked for.
-        kernel: what runs: "fa4", "triton" or "sdpa".
+        kernel: what runs: "fa4", "triton", "cpu" or "sdpa".
         status: "ok", "dense" (the method answers that it reads all), "wrong", "out of memory" or "failed".
         relative_error: of the worst query block and head against the fp32 reference.
         search_ms, attention_ms, total_ms: medians; ``total_ms`` is measured too, and no sum of the others.
@@ -202,7 +202,7 @@ def _lacks(backend: str, q: Tensor, kv: KV, block: int, scale: float) -> str | N
     if backend == "triton":
         kernels = triton_kernels()
         return kernels.unsupported(q, kv, block, scale) if kernels else "the package triton; pip install triton"
-    return None
+    return block_sparse_cpu.unsupported(q, kv, block, scale) if backend == "cpu" else None
 
 
 def _kernel(chunk: Chunk, method: Any, backend: str) -> str:
@@ -211,7 +211,7 @@ def _kernel(chunk: Chunk, method: Any, backend: str) -> str:
     if backend != "auto" and method != DENSE:
         return backend
     if not q.is_cuda:
-        return "sdpa"
+        return "sdpa" if method == DENSE or _lacks("cpu", q, kv, method.block, scale) else "cpu"
     if method == DENSE:
         if fa4.unsupported(q, kv.k, kv.v, scale) is None:
             return "fa4"

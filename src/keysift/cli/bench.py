@@ -70,7 +70,7 @@ def prefill(
         list[str] | None, option(metavar="SPEC", show_default="flexprefill", help="Beside dense; may be repeated.")
     ] = None,
     backends: Annotated[
-        str, option(metavar="A,B", help="Of block-sparse attention: auto, fa4, triton, sdpa.")
+        str, option(metavar="A,B", help="Of block-sparse attention: auto, fa4, triton, cpu, sdpa.")
     ] = "auto",
     batch: Annotated[int, option(metavar="N", help="Sequences.")] = 1,
     heads: Annotated[int | None, option(metavar="N", show_default="32, on a CPU 4", help="Query heads.")] = None,

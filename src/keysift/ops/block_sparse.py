@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keysift.ops import fa4
+from keysift.ops import block_sparse_cpu, fa4
 from keysift.ops.dense import keys_values, triton_kernels, uniform_span
 from keysift.types import KV, BlockMask, Partial, one_of
 
 GATHERED_ELEMENTS = 1 << 26  # so many elements of keys, and as many of values, are gathered at a time
 
-Backend = Literal["auto", "fa4", "triton", "sdpa"]
+Backend = Literal["auto", "fa4", "triton", "cpu", "sdpa"]
 
 
 def block_sparse_attention(
@@ -33,8 +33,8 @@ def block_sparse_attention(
         scale: factor on q.k.
         with_lse: also return the log-sum-exp.
         backend: "fa4" for FlashAttention-4, "triton" for the kernel of ``block_sparse_triton``, "sdpa" for torch's SDPA
-            on gathered keys (fp32 arithmetic where the log-sum-exp is asked for), "auto" for the first of them that
-            takes the case on a GPU, and "sdpa" on a CPU.
+            on gathered keys (fp32 arithmetic where the log-sum-exp is asked for), "cpu" for the kernel of ``ops.cpu``,
+            "auto" for the first of them that takes the case.
 
     Returns:
         Output in q's dtype, ``[B, rows, H, Dv]``, zero for a query without blocks; lse, fp32 natural log,
@@ -48,6 +48,8 @@ def block_sparse_attention(
         return fa4.block_sparse(q_BTHD, *keys_values(kv), mask, scale, with_lse)
     if choice == "triton":
         return triton_kernels().block_sparse(q_BTHD, kv, mask, scale, with_lse)
+    if choice == "cpu":
+        return block_sparse_cpu.block_sparse(q_BTHD, kv, mask, scale, with_lse)
     if with_lse:
         part = block_sparse_attention_reference(q_BTHD, kv, mask, scale)
         return part.out.to(q_BTHD.dtype), part.lse
@@ -89,6 +91,8 @@ def block_sparse_attention_varlen(
     choice = _choose(backend, q_THD[None], kv, block, scale, ragged=True) if masks else "sdpa"
     if choice == "triton":
         return triton_kernels().block_sparse_varlen(q_THD, cu_seqlens_q, kv, masks, scale, with_lse)
+    if choice == "cpu":
+        return block_sparse_cpu.block_sparse_varlen(q_THD, cu_seqlens_q, kv, masks, scale, with_lse)
     outs, lses = [q_THD.new_empty(0, q_THD.shape[1], kv.v.shape[-1])], [q_THD.new_empty(0, q_THD.shape[1]).float()]
     for b, (mask, (start, end)) in enumerate(zip(masks, spans, strict=True)):
         q = q_THD[None, cu_seqlens_q[b] : cu_seqlens_q[b + 1]]
@@ -128,8 +132,15 @@ def _check_ragged(
 
 def _choose(backend: Backend, q: Tensor, kv: KV, block: int, scale: float, ragged: bool = False) -> Backend:
     """The backend that runs."""
-    one_of("backend", backend, ("auto", "fa4", "triton", "sdpa"))
-    if backend == "sdpa" or backend == "auto" and not q.is_cuda:
+    one_of("backend", backend, ("auto", "fa4", "triton", "cpu", "sdpa"))
+    if backend == "cpu" or backend == "auto" and not q.is_cuda:
+        lacks = block_sparse_cpu.unsupported(q, kv, block, scale)
+        if lacks is None:
+            return "cpu"
+        if backend == "cpu":
+            raise ValueError(f"backend=cpu: needs {lacks}")
+        return "sdpa"
+    if backend == "sdpa":
         return "sdpa"
     if backend != "triton":
         lacks = _lacks_fa4(q, kv, block, scale, ragged)

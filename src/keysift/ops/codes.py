@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keysift.ops import pool as pools
 from keysift.ops.heads import group
-from keysift.ops.lists import on_gpu
+from keysift.ops.lists import on_cpu, on_gpu
 from keysift.ops.random import normal
 from keysift.types import KV, Law, Selection
 
@@ -131,6 +131,10 @@ def hash_planes(
         from keysift.ops import codes_triton
 
         codes_triton.hash_planes(planes, kv, mean_BKD, threshold_BKN, w, done, most)
+    elif on_cpu(planes, kv.k):
+        from keysift.ops import codes_cpu
+
+        codes_cpu.hash_planes(planes, kv, mean_BKD, threshold_BKN, w, done, most)
     else:
         hash_planes_reference(planes, kv, mean_BKD, threshold_BKN, w, done, most)
 
@@ -200,6 +204,10 @@ def hash_query(q_BHD: Tensor, w: Tensor, bits: int) -> Tensor:
         from keysift.ops import codes_triton
 
         return codes_triton.hash_query(q_BHD, w, bits)
+    if on_cpu(q_BHD):
+        from keysift.ops import codes_cpu
+
+        return codes_cpu.hash_query(q_BHD, w, bits)
     return hash_query_reference(q_BHD, w, bits)
 
 
@@ -236,6 +244,12 @@ def collisions(
         if tables is not None:
             return pool_triton.collisions(codes_BHL, planes, kv, bits, law, tables)
         return codes_triton.collisions(codes_BHL, planes, kv, bits, law)
+    if on_cpu(planes):
+        from keysift.ops import codes_cpu, pool_cpu
+
+        if tables is not None:
+            return pool_cpu.collisions(codes_BHL, planes, kv, bits, law, tables)
+        return codes_cpu.collisions(codes_BHL, planes, kv, bits, law)
     return collisions_reference(codes_BHL, planes, kv, bits, law, tables)
 
 

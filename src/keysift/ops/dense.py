@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keysift.ops import fa4
+from keysift.ops import attention_cpu, fa4
 from keysift.ops.heads import group
 from keysift.ops.lists import has_triton
 from keysift.ops.short import short_attention
@@ -23,7 +23,7 @@ MASK_ELEMENTS = 1 << 26  # a boolean mask is built for so many (query, key) pair
 def dense_attention(q_BTHD: Tensor, kv: KV, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of the last T positions over all keys.
 
-    On GPUs up to 16 queries a sequence go through our split kernel, which never waits for the device; more through
+    Up to 16 queries a sequence go through our split kernel, which on a GPU never waits for the device; more through
     FlashAttention-4 where it is installed, else through our Triton kernel where queries are fewer than keys or these
     lie in pages; otherwise, and with a window, through torch SDPA.
 
@@ -144,11 +144,12 @@ def _causal(position: Tensor, first: int, last: int, window: int | None) -> Tens
 def _few_queries(q_BTHD: Tensor, kv: KV, scale: float, window: int | None) -> Tensor | None:
     """A decode step or a verification pass; None where many queries are served better."""
     tokens = q_BTHD.shape[1]
-    if tokens > FEW or (tokens > 1 and (window is not None or not q_BTHD.is_cuda)):
+    ours = q_BTHD.is_cuda or attention_cpu.takes(q_BTHD, kv)
+    if tokens > FEW or (tokens > 1 and (window is not None or not ours)):
         return None
     if window is not None:
         kv = kv.between(kv.end - window, kv.end)
-    if q_BTHD.is_cuda or kv.table is not None:
+    if ours or kv.table is not None:
         return short_attention(q_BTHD, kv, scale, q_BTHD.dtype).out
     spans = kv.known_spans()
     first, last = min(start for start, _ in spans), max(end for _, end in spans)

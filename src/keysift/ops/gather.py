@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from keysift.ops import attention_cpu
 from keysift.ops.heads import group, per_query_head
 from keysift.ops.lists import on_gpu
 from keysift.types import KV, Partial, Selection
@@ -25,6 +26,7 @@ def gather_attention(
     ``exp(lse) * out`` and ``exp(lse)`` are unbiased estimates of the full sums.
 
     On a GPU by a Triton kernel that shares the rows of a head out among programs; the host never waits for the device.
+    On a CPU by the kernels of ``ops.cpu``.
 
     Args:
         q_BHD: one query per sequence and head.
@@ -44,6 +46,8 @@ def gather_attention(
 
         if split_merge_triton.takes(q_BHD, kv):
             return gather_triton.gather(q_BHD, kv, selection, scale, middle, dtype, splits)
+    if attention_cpu.takes(q_BHD, kv):
+        return attention_cpu.gather(q_BHD, kv, selection, scale, middle, dtype)
     return gather_attention_reference(q_BHD, kv, selection, scale, middle, dtype)
 
 

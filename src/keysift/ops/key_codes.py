@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from keysift.ops.heads import group
-from keysift.ops.lists import on_gpu
+from keysift.ops.lists import on_cpu, on_gpu
 from keysift.ops.pages import Quota
 from keysift.ops.random import _absorb, normal, state_of
 from keysift.types import KV, Selection, one_of
@@ -111,11 +111,15 @@ def hash_keys(
         done: rows before it are up to date, int64 ``[B]``.
         most: no sequence has more new rows than this.
     """
-    if not on_gpu(codes):
-        return hash_keys_reference(codes, size, kv, mean_BKD, w, planes, done, most)
-    from keysift.ops import key_codes_triton
+    if on_gpu(codes):
+        from keysift.ops import key_codes_triton
 
-    return key_codes_triton.hash_keys(codes, size, kv, mean_BKD, w, planes, done, most)
+        return key_codes_triton.hash_keys(codes, size, kv, mean_BKD, w, planes, done, most)
+    if on_cpu(codes, kv.k):
+        from keysift.ops import key_codes_cpu
+
+        return key_codes_cpu.hash_keys(codes, size, kv, mean_BKD, w, planes, done, most)
+    return hash_keys_reference(codes, size, kv, mean_BKD, w, planes, done, most)
 
 
 def hash_keys_reference(
@@ -183,12 +187,16 @@ def estimate(q_BHD: Tensor, codes: Tensor, size: Tensor, kv: KV, w: Tensor, plan
     Returns:
         fp32 ``[B, H, N]`` by token, N = ``kv.bound``; -inf outside of the middle.
     """
-    if not on_gpu(codes):
-        score = scores_reference(project_reference(q_BHD, w, planes, scale), codes, size, kv, planes) / LOG2E
-        return score.transpose(2, 3).flatten(1, 2)
-    from keysift.ops import key_sample_triton
+    if on_gpu(codes):
+        from keysift.ops import key_sample_triton
 
-    return key_sample_triton.estimate(q_BHD, codes, size, kv, w, planes, scale)
+        return key_sample_triton.estimate(q_BHD, codes, size, kv, w, planes, scale)
+    if on_cpu(codes, q_BHD):
+        from keysift.ops import key_codes_cpu
+
+        return key_codes_cpu.estimate(q_BHD, codes, size, kv, w, planes, scale)
+    score = scores_reference(project_reference(q_BHD, w, planes, scale), codes, size, kv, planes) / LOG2E
+    return score.transpose(2, 3).flatten(1, 2)
 
 
 def scores_reference(probe: Probe, codes: Tensor, size: Tensor, kv: KV, planes: int) -> Tensor:
@@ -214,11 +222,15 @@ def hamming_distance(q_codes: Tensor, k_codes: Tensor, kv: KV) -> Tensor:
         k_codes: side data, as ``hash_keys`` makes it.
         kv: the middle.
     """
-    if not on_gpu(k_codes):
-        return hamming_distance_reference(q_codes, k_codes, kv)
-    from keysift.ops import key_codes_triton
+    if on_gpu(k_codes):
+        from keysift.ops import key_codes_triton
 
-    return key_codes_triton.hamming_distance(q_codes, k_codes, kv)
+        return key_codes_triton.hamming_distance(q_codes, k_codes, kv)
+    if on_cpu(k_codes):
+        from keysift.ops import key_codes_cpu
+
+        return key_codes_cpu.hamming_distance(q_codes, k_codes, kv)
+    return hamming_distance_reference(q_codes, k_codes, kv)
 
 
 def hamming_distance_reference(q_codes: Tensor, k_codes: Tensor, kv: KV) -> Tensor:
@@ -271,16 +283,20 @@ def sample(
         ValueError: an unknown ``per``.
     """
     one_of("per", per, PER)
+    where = seed_state(seed, layer), positions_B, most_rows, per, independent
     if on_gpu(codes):
-        from keysift.ops import key_sample_triton as kernels
+        from keysift.ops import key_sample_triton
 
-        where = seed_state(seed, layer), positions_B, most_rows, per, independent
-        return kernels.sample(q_BHD, codes, size, kv, mean_BKD, w, planes, scale, quota, *where, new)
+        return key_sample_triton.sample(q_BHD, codes, size, kv, mean_BKD, w, planes, scale, quota, *where, new)
+    if on_cpu(codes, q_BHD):
+        from keysift.ops import key_codes_cpu
+
+        return key_codes_cpu.sample(q_BHD, codes, size, kv, mean_BKD, w, planes, scale, quota, *where, new)
     if new is not None:
         hash_keys_reference(codes, size, kv, mean_BKD, w, planes, new, 1)
     score = scores_reference(project_reference(q_BHD, w, planes, scale), codes, size, kv, planes)
     log_c = log_factors_reference(score, kv, quota, per, tokens_a_row(score.shape[3], codes.shape[3]))
-    return draw_reference(score, log_c, kv, seed_state(seed, layer), positions_B, most_rows, per, independent)
+    return draw_reference(score, log_c, kv, *where)
 
 
 def room(budget: float, bound: int) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+import torch
 from torch import Tensor
 
+from keysift.ops.cpu.library import load
 from keysift.types import BlockMask
 
 
@@ -33,6 +35,12 @@ def block_lists(active: Tensor, block: int, first: int) -> BlockMask:
 def on_gpu(x: Tensor) -> bool:
     """Whether Triton kernels can take ``x``."""
     return x.is_cuda and has_triton()
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether the kernels of ``ops.cpu`` can take these: where they were built, and no gradient is asked for."""
+    grad = torch.is_grad_enabled()
+    return all(x.is_cpu and not (grad and x.requires_grad) for x in tensors) and load() is not None
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from keysift.ops.heads import group
-from keysift.ops.lists import on_gpu
+from keysift.ops.lists import on_cpu, on_gpu
 from keysift.ops.select import listed, top_k
 from keysift.types import KV, Selection, one_of
 
@@ -61,6 +61,10 @@ def extend_bounds(bounds: Tensor, kv: KV, unit: int, done: Tensor, most: int) ->
         from keysift.ops.pages_triton import extend
 
         extend(bounds, kv, unit, done, most)
+    elif on_cpu(bounds, kv.k):
+        from keysift.ops import pages_cpu
+
+        pages_cpu.extend(bounds, kv, unit, done, most)
     else:
         extend_bounds_reference(bounds, kv, unit, done, most)
 
@@ -103,12 +107,16 @@ def page_scores(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) 
 def page_scores_lse(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> tuple[Tensor, Tensor]:
     """The same and, for ``top_pages``, the log-sum-exp of each ``LSE_PAGES`` scores, fp32 ``[B, H, *]``."""
     _check(kv, unit)
-    if not on_gpu(bounds):
-        score = page_scores_reference(q_BHD, bounds, kv, unit, scale)
-        return score, _lse(score)
-    from keysift.ops.pages_triton import scores
+    if on_gpu(bounds):
+        from keysift.ops import pages_triton
 
-    return scores(q_BHD, bounds, kv, unit, scale)
+        return pages_triton.scores(q_BHD, bounds, kv, unit, scale)
+    if on_cpu(bounds, q_BHD):
+        from keysift.ops import pages_cpu
+
+        return pages_cpu.scores(q_BHD, bounds, kv, unit, scale)
+    score = page_scores_reference(q_BHD, bounds, kv, unit, scale)
+    return score, _lse(score)
 
 
 def page_scores_reference(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> Tensor:
@@ -157,10 +165,12 @@ def top_pages(
         ValueError: an unknown ``per``.
     """
     one_of("per", per, PER)
-    if not on_gpu(score_BHP):
+    if on_gpu(score_BHP):
+        from keysift.ops.pages_triton import top
+    elif on_cpu(score_BHP):
+        from keysift.ops.pages_cpu import top
+    else:
         return top_pages_reference(score_BHP, kv, unit, count, most_pages, per)
-    from keysift.ops.pages_triton import top
-
     return top(score_BHP, kv, unit, count, most_pages, per == "kv_head", _lse(score_BHP) if lse is None else lse)
 
 

@@ -33,12 +33,13 @@ def prune(selection: Selection, q_BHD: Tensor, kv: KV, scale: float, top_p: floa
         return selection
     heads, slots, room = q_BHD.shape[1], *selection.rows.shape[1:]
     index, count = select_mass(_log_weights(selection, q_BHD, kv, scale), top_p, room, room)
+    used = torch.arange(room, device=index.device) < count[..., None]
     if heads != slots:
-        used = torch.arange(room, device=index.device) < count[..., None]
         needed = torch.zeros(*index.shape[:2], room + 1, dtype=torch.bool, device=index.device)
         needed.scatter_(-1, index.long().masked_fill(~used, room), True)
         index, count = listed(group(needed[..., :room], slots, 1).any(2), room)
-    at, log_w = index.long(), selection.log_w
+        used = torch.arange(room, device=index.device) < count[..., None]
+    at, log_w = index.long().masked_fill(~used, 0), selection.log_w  # what is not in use may be anything
     log_w = log_w.gather(-1, at) if isinstance(log_w, Tensor) else log_w
     return Selection(selection.rows.gather(-1, at), count.to(selection.count.dtype), log_w)
 

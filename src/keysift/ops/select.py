@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from keysift.ops.lists import on_gpu
+from keysift.ops.lists import on_cpu, on_gpu
 
 
 def top_k(score: Tensor, count: Tensor | int) -> Tensor:
@@ -44,11 +47,24 @@ def select_top(score_BXN: Tensor, count: Tensor | int, most: int) -> tuple[Tenso
     Returns:
         Indices, int32 ``[B, X, most]``, and how many of them are in use, int32 ``[B, X]``; the rest is unspecified.
     """
-    if not on_gpu(score_BXN):
+    chosen_lists = _kernel(score_BXN)
+    if chosen_lists is None:
         return select_top_reference(score_BXN, count, most)
-    from keysift.ops.select_triton import chosen_lists
+    lists: tuple[Tensor, Tensor] = chosen_lists(score_BXN, count, most)
+    return lists
 
-    return chosen_lists(score_BXN, count, most)
+
+def _kernel(score: Tensor) -> Callable[..., Any] | None:
+    """``chosen_lists`` for the device of a score; None where there is only the reference."""
+    if on_gpu(score):
+        from keysift.ops import select_triton
+
+        return select_triton.chosen_lists
+    if on_cpu(score):
+        from keysift.ops import select_cpu
+
+        return select_cpu.chosen_lists
+    return None
 
 
 def select_top_reference(score_BXN: Tensor, count: Tensor | int, most: int) -> tuple[Tensor, Tensor]:
@@ -74,11 +90,11 @@ def select_mass(log_weight_BXN: Tensor, share: float, at_most: Tensor | int, mos
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share}: must be from 0 to 1")
-    if not on_gpu(log_weight_BXN):
+    chosen_lists = _kernel(log_weight_BXN)
+    if chosen_lists is None:
         return select_mass_reference(log_weight_BXN, share, at_most, most)
-    from keysift.ops.select_triton import chosen_lists
-
-    return chosen_lists(log_weight_BXN, at_most, most, share)
+    lists: tuple[Tensor, Tensor] = chosen_lists(log_weight_BXN, at_most, most, share)
+    return lists
 
 
 def select_mass_reference(

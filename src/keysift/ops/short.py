@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from keysift.ops import attention_cpu
 from keysift.ops.gather import gathered, normalised
 from keysift.ops.heads import group
 from keysift.ops.lists import on_gpu
@@ -38,6 +39,8 @@ def short_attention(
 
         if split_merge_triton.takes(q_BTHD, kv):
             return gather_triton.short(q_BTHD, kv, scale, dtype, splits)
+    if attention_cpu.takes(q_BTHD, kv):
+        return attention_cpu.short(q_BTHD, kv, scale, dtype)
     return short_attention_reference(q_BTHD, kv, scale, dtype)
 
 

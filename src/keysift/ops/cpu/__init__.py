@@ -1,0 +1,1 @@
+"""Kernels for CPUs: C++ in ``src/``, built into one shared library with a plain C ABI."""

@@ -1,0 +1,55 @@
+// Causal attention of the last positions of each sequence over lists of key blocks.
+#pragma once
+
+#include "attention.h"
+#include "dispatch.h"
+
+struct ks_prefill_args {
+  KS_ARGS_HEAD
+  const void *q, *k, *v;  // q [B, T, H, D]; k, v [B, S, K, *], or [pages, page, K, *] with a table
+  int64_t q_stride0, q_stride1;
+  int64_t k_stride0, k_stride1, k_stride2, v_stride0, v_stride1, v_stride2;
+  const int32_t* table;                         // [B, *], or null
+  int64_t table_stride, page, pages, capacity;  // capacity: rows that a sequence can address
+  int64_t batch, heads, kv_heads, dim, v_dim;
+  int64_t q_stride2, tokens, keys;  // keys of each sequence; queries are its last positions
+  const int64_t* start;             // row of position 0, [B]
+  const int32_t *full_count, *full_index, *partial_count, *partial_index;  // contiguous [B, H, Q, *]; null: all blocks
+  int64_t full_width, partial_width, query_blocks, first, block;  // first: position of query block 0, in blocks
+  int64_t lo, hi;                                                 // positions of the queries that are computed
+  void* out;                                                      // [B, hi - lo, H, Dv] contiguous
+  float* lse;                                                     // [B, hi - lo, H] contiguous, or null
+  int32_t q_dtype, kv_dtype, out_dtype;
+  float scale;
+};
+
+namespace ks {
+
+constexpr int64_t KEY_TILE = 64;
+
+// One query block of one head.
+struct PrefillTask {
+  Reach reach;      // of the KV head
+  Queries queries;  // count of them, from position `position` on; stride between tokens
+  int64_t position, start, keys, block;
+  const int32_t *full, *partial;  // lists of key blocks; full null: blocks 0 .. full_count - 1
+  int64_t full_count, partial_count;
+  void* out;      // of the first query
+  float* lse;     // or null
+  int64_t heads;  // out and lse of the next query are so many rows further
+  int32_t out_dtype;
+  void* memory;  // of prefill_bytes(count, dim, v_dim)
+};
+
+// Packed queries, weights (in two types), sums and states; packed keys (twice) and values of a tile.
+inline int64_t prefill_bytes(int64_t count, int64_t dim, int64_t v_dim) {
+  const int64_t rows = count + 16, d = padded(dim), e = padded(v_dim);
+  return 4 * (rows * (d + 2 * KEY_TILE + e + 3) + KEY_TILE * (2 * d + e)) + 16 * 64;
+}
+
+struct PrefillKernels {
+  bool (*run)(const PrefillTask&);  // false: a key block or a page that does not exist
+};
+KS_DECLARE_TABLES(PrefillKernels, prefill)
+
+}  // namespace ks
