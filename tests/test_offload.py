@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import keysift
 from keysift.offload import HOST, NEWEST, Copier, HostMemory, OffloadedStore
@@ -65,9 +66,25 @@ def test_a_second_turn_reads_the_first():
     with keysift.attach(model, decode=spec):
         expected = two_turns(keysift.KVCache(model.config))
     with keysift.attach(model, decode=spec, kv_device="cpu"):
-        from transformers import DynamicCache
-
         assert torch.equal(two_turns(DynamicCache(config=model.config)), expected)
+
+
+@pytest.mark.parametrize("spec", [SPECS[2], SPECS[5]])
+def test_rows_that_are_taken_back_are_forgotten_on_both_tiers(spec, monkeypatch):
+    monkeypatch.setattr("keysift.offload.NEWEST", 6)
+    model, inputs = tiny("qwen3"), prompt(90, (0,))
+
+    def there_and_back():
+        cache = DynamicCache(config=model.config)
+        ids = generate(model, inputs, past_key_values=cache)
+        cache.crop(-19)
+        again = ids[:, : cache.get_seq_length() + 1]
+        return generate(model, {"input_ids": again, "attention_mask": torch.ones_like(again)}, past_key_values=cache)
+
+    with keysift.attach(model, decode=spec):
+        expected = there_and_back()
+    with keysift.attach(model, decode=spec, kv_device="cpu"):
+        assert torch.equal(there_and_back(), expected)
 
 
 def test_rows_that_left_the_window_leave_the_device(monkeypatch):

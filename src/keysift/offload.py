@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from keysift.types import KV, Ctx, Decode
 HOST = torch.device("cpu")
 NEWEST = 256  # rows that may gather on the device behind the window before those that have left it are dropped
 STAGED_BYTES = 64 << 20  # of each of the two pinned buffers that copies go through
+IDLE_S = 5.0  # after which the thread that copies ends, and its buffers are free again
 IN_FLIGHT = 2  # layers whose copies may be under way, so long as their rows stay on the device
 SPARE = 0.95  # of the memory that is free may be used
 
@@ -70,10 +72,11 @@ class Copier:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[tuple[Tensor, Tensor, threading.Event | None]] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Tensor, Tensor, Any]] = queue.Queue()
         self._waiting: list[threading.Event] = []
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def copy(self, x: Tensor) -> Tensor:
         """A tensor on the host that holds what ``x`` does once ``wait`` has returned; till then it must not change."""
@@ -82,20 +85,24 @@ class Copier:
         if not x.is_cuda:
             out.copy_(x)
             return out
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="keysift-copies", daemon=True)
-            self._thread.start()
-        ready = torch.cuda.Event()
+        x, ready = x.contiguous(), torch.cuda.Event()
         ready.record()
-        self._jobs.put((x.contiguous(), out, ready))  # type: ignore[arg-type]
+        self._put(x, out, ready)
         return out
+
+    def _put(self, x: Tensor, out: Tensor, event: Any) -> None:
+        with self._lock:
+            self._jobs.put((x, out, event))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="keysift-copies", daemon=True)
+                self._thread.start()
 
     def mark(self) -> None:
         """End of a layer; waits where too many layers are under way."""
-        if self._thread is None:
+        if self._thread is None and self._jobs.empty():
             return
         done = threading.Event()
-        self._jobs.put((torch.empty(0), torch.empty(0), done))
+        self._put(torch.empty(0), torch.empty(0), done)
         self._waiting.append(done)
         while len(self._waiting) > IN_FLIGHT:
             self._waiting.pop(0).wait()
@@ -117,7 +124,14 @@ class Copier:
         staged: list[tuple[Tensor, torch.cuda.Event]] = []
         stream: torch.cuda.Stream | None = None
         while True:
-            x, out, event = self._jobs.get()
+            try:
+                x, out, event = self._jobs.get(timeout=IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if self._jobs.empty():
+                        self._thread = None
+                        return
+                continue
             if isinstance(event, threading.Event):
                 event.set()
                 continue
@@ -128,10 +142,11 @@ class Copier:
                         (torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
                         for _ in range(2)
                     ]
-                stream.wait_event(event)  # type: ignore[arg-type]
+                stream.wait_event(event)
                 _copy_in_pieces(x, out, staged, stream)
             except BaseException as error:  # told by `wait`, to the thread that needs the rows
                 self._error = error
+            del x, out  # the device's memory is free from here on, not from the next layer on
 
 
 def _copy_in_pieces(
@@ -188,6 +203,7 @@ class OffloadedStore:
         self.host = Store()
         self.near = Store()
         self._whole: Store | None = None  # during a prompt, on its device
+        self._method: Decode | None = None
 
     @property
     def length(self) -> int:
@@ -225,6 +241,7 @@ class OffloadedStore:
 
     def end_prefill(self, q_BTHD: Tensor, method: Decode, ctx: Ctx) -> None:
         """Note that the rows so far are prompt: side data are made on the device, and all goes to the host."""
+        self._method = method
         if self._whole is None:  # a later part of a prompt: its rows are on the host already
             self.host.end_prefill(q_BTHD.to(HOST), method.tail)
             self.near = _newest(self.host, method.sinks, method.window, q_BTHD.device)
@@ -246,19 +263,22 @@ class OffloadedStore:
         """Forget the rows of every sequence from ``length`` on.
 
         Raises:
-            ValueError: rows that are needed on the device again are on the host only.
+            ValueError: ``length`` is within the prompt.
         """
         if self._whole is not None:
             self._whole.truncate(length)
             return
         self.copier.wait()
-        removed = self.host.length - length
-        if removed <= 0:
+        if length >= self.host.length:
             return
         if length < self.host.prompt:
             raise ValueError(f"kv_device=cpu: the prompt's {self.host.prompt} rows cannot be cut to {length}")
         self.host.truncate(length)
-        self.near.truncate(max(0, self.near.length - removed))
+        assert self._method is not None
+        generated = 0 if self._method.grows else length - self.host.prompt  # the middle ends where the prompt's did
+        self.near = _newest(self.host, self._method.sinks, self._method.window + generated, _made(self.near.k).device)
+        for slot, start in enumerate(self.near.slots.starts if self.near.slots else ()):
+            self.near.slots.end_prompt(slot, max(start, self.near.length - generated))  # type: ignore[union-attr]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat sequences, as ``Store.select``."""
