@@ -65,8 +65,15 @@ def test_a_second_turn_reads_the_first():
 
     with keysift.attach(model, decode=spec):
         expected = two_turns(keysift.KVCache(model.config))
+        filled = keysift.KVCache(model.config)
+        generate(model, inputs, past_key_values=filled, max_new_tokens=1)
     with keysift.attach(model, decode=spec, kv_device="cpu"):
         assert torch.equal(two_turns(DynamicCache(config=model.config)), expected)
+        assert torch.equal(two_turns(keysift.KVCache(model.config)), expected)
+        with pytest.raises(ValueError, match="kv_device=cpu: the cache holds rows already; begin with an empty one"):
+            generate(model, inputs, past_key_values=filled, max_new_tokens=1)
+        with pytest.raises(ValueError, match=r"kv_device=cpu: make the cache with the model's config"):
+            generate(model, inputs, past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize("spec", [SPECS[2], SPECS[5]])

@@ -418,9 +418,11 @@ def _refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any])
 
 def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    if cache is not None and "_keysift" not in cache.__dict__:
-        link: Attachment = module.__dict__["_keysift"]
-        offloads = link.kv_device == "cpu"
+    if cache is None:
+        return
+    link: Attachment = module.__dict__["_keysift"]
+    ours, offloads = cache.__dict__.get("_keysift"), link.kv_device == "cpu"
+    if ours is None or offloads and ours == "gpu":
         adopt(cache, HostTier(link.decode, HostMemory(link.host_memory)) if offloads else None)
 
 

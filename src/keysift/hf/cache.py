@@ -146,10 +146,11 @@ def adopt(cache: Cache, tier: HostTier | None = None) -> None:
         cache.layer_class_to_replicate = KVLayer
     if tier is not None and not cache.layers:
         raise ValueError("kv_device=cpu: make the cache with the model's config, keysift.KVCache(model.config)")
-    full = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    kinds = (DynamicLayer,) if tier is None else (DynamicLayer, KVLayer)
+    full = [i for i, layer in enumerate(cache.layers) if type(layer) in kinds]
     offloaded = [] if tier is None else [i for i in full if i not in tier.method.dense_layers]
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        if i in full:
             of_tier = OffloadedLayer if tier is not None and i in offloaded else KVLayer
             ours = of_tier(tier, len(offloaded))  # type: ignore[arg-type]
             cache.layers[i] = ours
@@ -160,4 +161,4 @@ def adopt(cache: Cache, tier: HostTier | None = None) -> None:
                 ours.store.end_prompt()
         elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
             raise ValueError(f"keysift does not support cache layers of type {type(layer).__name__}")
-    cache.__dict__["_keysift"] = True  # layers that it adds later are ours too
+    cache.__dict__["_keysift"] = "gpu" if tier is None else "cpu"  # layers that it adds later are ours too
