@@ -333,8 +333,9 @@ def test_the_shapes_are_what_they_are_called():
     with torch.device("meta"):
         import transformers
 
-        config = transformers.LlamaConfig(**first_token.SHAPES["llama-8b"])
-        count = sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
-    assert 8.0e9 < count < 8.1e9
-    with pytest.raises(ValueError, match="choose llama-8b or tiny"):
+        for name, least, most in (("llama-8b", 8.0e9, 8.1e9), ("llama-1b", 1.2e9, 1.6e9)):  # their embeddings untied
+            config = transformers.LlamaConfig(**first_token.SHAPES[name])
+            count = sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
+            assert least < count < most
+    with pytest.raises(ValueError, match="choose llama-8b, llama-1b or tiny"):
         first_token.random_model("llama-9b", 10, CPU, torch.float32)

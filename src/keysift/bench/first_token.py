@@ -40,6 +40,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 128256,
     },
+    "llama-1b": {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+    },
     "tiny": {
         "num_hidden_layers": 2,
         "hidden_size": 64,
@@ -188,7 +197,7 @@ def random_model(shape: str, longest: int, device: torch.device, dtype: torch.dt
     """A decoder of a known shape with random weights, made on the device.
 
     Args:
-        shape: "llama-8b" or "tiny".
+        shape: "llama-8b", "llama-1b" or "tiny".
         longest: tokens that it has to take.
         device, dtype: of the weights.
         seed: of weights and prompts.

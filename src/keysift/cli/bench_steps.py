@@ -34,7 +34,9 @@ def command(
     ] = None,
     shape: Annotated[
         str | None,
-        option(metavar="NAME", show_default="llama-8b, on a CPU tiny", help="Random weights: llama-8b or tiny."),
+        option(
+            metavar="NAME", show_default="llama-8b, on a CPU tiny", help="Random weights: llama-8b, llama-1b, tiny."
+        ),
     ] = None,
     model: Annotated[str | None, option(metavar="PATH", help="A model with its weights, instead of --shape.")] = None,
     timed: Annotated[int, option("--steps", metavar="N", help="Timed steps.")] = 30,
