@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from keysift.ops.cpu.memory import in_large_pages
 from keysift.ops.rows import write_rows
 from keysift.slots import Slots, ordinary_tensors
 from keysift.types import KV, Ctx, Decode, Index, Side, State
@@ -37,9 +38,9 @@ class Store:
         self = cls()
         self.slots = slots
         with ordinary_tensors():
+            shape = (slots.pages, slots.page, kv_heads)
             self.k, self.v = (
-                torch.zeros(slots.pages, slots.page, kv_heads, d, dtype=dtype, device=slots.device)
-                for d in (dim, v_dim)
+                in_large_pages(torch.empty(*shape, d, dtype=dtype, device=slots.device)).zero_() for d in (dim, v_dim)
             )
         self._seen = [0] * len(slots)
         slots.stores.append(self)
@@ -260,7 +261,7 @@ class Store:
         self.slots.stores.append(self)
         with ordinary_tensors():
             self.k, self.v = (
-                torch.empty(batch, self.slots.page, *x.shape[1::2], dtype=x.dtype, device=x.device)
+                in_large_pages(torch.empty(batch, self.slots.page, *x.shape[1::2], dtype=x.dtype, device=x.device))
                 for x in (k_BKTD, v_BKTD)
             )
         self._seen = [0] * batch
@@ -272,7 +273,7 @@ class Store:
         with ordinary_tensors():
             larger = []
             for x in (k, v):
-                larger.append(torch.empty(len(x), rows, *x.shape[2:], dtype=x.dtype, device=x.device))
+                larger.append(in_large_pages(torch.empty(len(x), rows, *x.shape[2:], dtype=x.dtype, device=x.device)))
                 larger[-1][:, :used] = x[:, :used]
             self.k, self.v = larger
             if self._built_by is not None:

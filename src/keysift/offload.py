@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from keysift.cache import Store, rows_with_room
+from keysift.ops.cpu.memory import in_large_pages
 from keysift.slots import Slots, ordinary_tensors
 from keysift.types import KV, Ctx, Decode
 
@@ -81,7 +82,7 @@ class Copier:
     def copy(self, x: Tensor) -> Tensor:
         """A tensor on the host that holds what ``x`` does once ``wait`` has returned; till then it must not change."""
         with ordinary_tensors():
-            out = torch.empty(x.shape, dtype=x.dtype)
+            out = in_large_pages(torch.empty(x.shape, dtype=x.dtype))
         if not x.is_cuda:
             out.copy_(x)
             return out

@@ -16,6 +16,7 @@ import torch
 from keysift.ops.attention_cpu import GatherArgs, gather, short
 from keysift.ops.cpu import library as module
 from keysift.ops.cpu.library import DTYPES, ISAS, Args, Library, isa_number, load
+from keysift.ops.cpu.memory import in_large_pages
 from keysift.types import KV, Selection
 from tests.helpers import generator
 
@@ -230,3 +231,11 @@ def test_no_kernel_leaves_the_linker_a_choice_between_instruction_sets(tmp_path)
     assert len(objects) == len(library.compiled) * len(list(SOURCES.glob("*_kernels.cpp")))
     symbols = subprocess.run(["nm", "-C", "--defined-only", *objects], capture_output=True, text=True, check=True)
     assert not re.findall(r"^\S* [WVu] .*$", symbols.stdout, re.MULTILINE)
+
+
+def test_large_pages_are_only_a_hint():
+    for shape in ((0,), (3, 5), (3 << 20,)):
+        x = in_large_pages(torch.empty(shape, dtype=torch.int16))
+        x.fill_(7)
+        assert (x == 7).all()
+    assert in_large_pages(torch.empty(5, device="meta")).is_meta
