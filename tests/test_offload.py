@@ -72,6 +72,7 @@ def test_a_second_turn_reads_the_first():
         assert torch.equal(two_turns(keysift.KVCache(model.config)), expected)
         with pytest.raises(ValueError, match="kv_device=cpu: the cache holds rows already; begin with an empty one"):
             generate(model, inputs, past_key_values=filled, max_new_tokens=1)
+        assert [layer.get_seq_length() for layer in filled.layers] == [90] * len(filled.layers)  # nothing is lost
         with pytest.raises(ValueError, match=r"kv_device=cpu: make the cache with the model's config"):
             generate(model, inputs, past_key_values=DynamicCache())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keysift.cache import Store
 from keysift.meter import Meter
-from keysift.offload import HOST, OffloadedStore
+from keysift.offload import OffloadedStore, arriving
 from keysift.ops.block_sparse import Backend, block_sparse_attention, block_sparse_attention_varlen
 from keysift.ops.coverage import mass_covered
 from keysift.ops.crossover import dense_below_bytes
@@ -225,14 +225,11 @@ def decode_offloaded(q_BHD: Tensor, store: OffloadedStore, method: Decode, ctx: 
     Returns:
         Output in q's dtype ``[B, H, Dv]``.
     """
-    near = store.near
+    near, there = store.near, arriving(q_BHD)
     kv = near.view()
     nobody = torch.zeros(len(q_BHD), kv.k.shape[2], 1, dtype=torch.int32, device=kv.k.device)
-    beside = gather_attention(
-        q_BHD, kv, Selection(nobody, nobody[..., 0]), ctx.scale, near.middle(method)
-    )  # launched before anything waits
-    q = q_BHD.to(HOST)
-    far = _from_host(q, store.host, method, ctx, meter)
+    beside = gather_attention(q_BHD, kv, Selection(nobody, nobody[..., 0]), ctx.scale, near.middle(method))
+    far = _from_host(there(), store.host, method, ctx, meter)  # while the device is at work
     part = merge(beside, Partial(*(x.to(q_BHD.device) for x in far)))
     return part.out[:, 0].to(q_BHD.dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,21 @@ def _copy_in_pieces(
     if before is not None:
         before[1].synchronize()
         before[2].copy_(before[0])
+
+
+def arriving(x: Tensor) -> Callable[[], Tensor]:
+    """Send a tensor to the host; what is returned waits for it, and for nothing that was launched since."""
+    if not x.is_cuda:
+        return lambda: x
+    out, sent = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    out.copy_(x, non_blocking=True)
+    sent.record()
+
+    def wait() -> Tensor:
+        sent.synchronize()
+        return out
+
+    return wait
 
 
 class HostTier:

@@ -147,17 +147,20 @@ def adopt(cache: Cache, tier: HostTier | None = None) -> None:
     if tier is not None and not cache.layers:
         raise ValueError("kv_device=cpu: make the cache with the model's config, keysift.KVCache(model.config)")
     kinds = (DynamicLayer,) if tier is None else (DynamicLayer, KVLayer)
-    full = [i for i, layer in enumerate(cache.layers) if type(layer) in kinds]
+    full = {
+        i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer) and type(layer) in kinds
+    }
     offloaded = [] if tier is None else [i for i in full if i not in tier.method.dense_layers]
+    if any(full[i].get_seq_length() for i in offloaded):
+        raise ValueError("kv_device=cpu: the cache holds rows already; begin with an empty one")
     for i, layer in enumerate(cache.layers):
         if i in full:
             of_tier = OffloadedLayer if tier is not None and i in offloaded else KVLayer
             ours = of_tier(tier, len(offloaded))  # type: ignore[arg-type]
             cache.layers[i] = ours
-            if layer.keys is not None and layer.values is not None and layer.get_seq_length():
-                if isinstance(ours, OffloadedLayer):
-                    raise ValueError("kv_device=cpu: the cache holds rows already; begin with an empty one")
-                ours.update(layer.keys, layer.values)
+            before = full[i]
+            if before.keys is not None and before.values is not None and before.get_seq_length():
+                ours.update(before.keys, before.values)
                 ours.store.end_prompt()
         elif not isinstance(layer, (KVLayer, DynamicSlidingWindowLayer)):
             raise ValueError(f"keysift does not support cache layers of type {type(layer).__name__}")
