@@ -359,7 +359,7 @@ def test_short_reference_is_causal_attention_of_the_last_tokens_of_ragged_sequen
     agree(got, want, case.dtype)
 
 
-def test_on_a_cpu_the_references_answer():
+def test_on_a_cpu_the_same_is_answered():
     case = CASES[3]
     data, read, selection, want = everything_of(case)
     kv = view_of(data, case.page, read, "cpu")

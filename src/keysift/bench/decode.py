@@ -176,8 +176,14 @@ def _fill(row: Row, setup: Setup, layers: Layers) -> None:
     """Check, then measure."""
     sides = layers.method.sides(setup.dim, setup.dtype).values()
     row.side_share = sum(side.token_bytes for side in sides) / setup.row_bytes
-    if layers.method != DENSE and layers.selection() is None:
-        row.status, row.reason = "dense", "the method reads all keys"
+    if layers.method != DENSE:
+        selection, middle = layers.selection(), layers.stores[0].middle(layers.method)
+        if selection is None:
+            row.status, row.reason = "dense", "the method reads all keys"
+        else:  # kernels may refuse what is no selection, or read wildly
+            for b, (lo, hi) in enumerate(zip(middle.start.tolist(), middle.end.tolist(), strict=True)):
+                for s, count in enumerate(selection.count[b].tolist()):
+                    _check_rows(selection.rows[b, s, :count].long(), lo, hi)
     row.bytes_read = _examine(row, setup, layers)
     row.peak_mib = _peak_mib(layers.step, setup)
     layers.rewind()
@@ -411,6 +417,11 @@ def _read(layers: Layers, i: int, out_BHD: Tensor, row: Row) -> Reading:
     return reading
 
 
+def _check_rows(rows: Tensor, lo: int, hi: int) -> None:
+    if len(rows) and (len(rows.unique()) < len(rows) or rows.amin() < lo or rows.amax() >= hi):
+        raise WrongResult("a selection has a row twice, or one outside of the middle")
+
+
 def over_selection(q_BHD: Tensor, kv: KV, middle: KV, selection: Selection, scale: float) -> Reading:
     """fp32 attention over a selection and the rows outside of the middle, one list at a time.
 
@@ -430,8 +441,7 @@ def over_selection(q_BHD: Tensor, kv: KV, middle: KV, selection: Selection, scal
             distinct = [outside]
             for s in range(kv_head * lists // kv_heads, (kv_head + 1) * lists // kv_heads):
                 rows = selection.rows[b, s, : counts[b][s]].long()
-                if len(rows) and (len(rows.unique()) < len(rows) or rows.amin() < lo or rows.amax() >= hi):
-                    raise WrongResult("a selection has a row twice, or one outside of the middle")
+                _check_rows(rows, lo, hi)
                 which = slice(s * sharing, (s + 1) * sharing)
                 q, (k, v) = q_BHD[b, which].float(), _rows(kv, b, kv_head, torch.cat([outside, rows]))
                 z = q @ k.T * scale

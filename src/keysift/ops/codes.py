@@ -131,7 +131,7 @@ def hash_planes(
         from keysift.ops import codes_triton
 
         codes_triton.hash_planes(planes, kv, mean_BKD, threshold_BKN, w, done, most)
-    elif on_cpu(planes, kv.k):
+    elif on_cpu(planes, kv.k) and threshold_BKN is not None:  # the authors' bits are to be met exactly
         from keysift.ops import codes_cpu
 
         codes_cpu.hash_planes(planes, kv, mean_BKD, threshold_BKN, w, done, most)

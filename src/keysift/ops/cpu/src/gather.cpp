@@ -35,7 +35,8 @@ List measure(const ks_gather_args& a, int64_t index) {
   if (a.start) {
     list.outside = a.length[list.b] - a.middle_length[list.b];
     const int64_t before = a.middle_start[list.b] - a.start[list.b];
-    require(list.outside >= 0 && (list.outside == 0 || before >= 0), "the middle has to be a part of the view");
+    const bool nowhere = list.outside == 0 || a.middle_length[list.b] == 0;  // an empty middle may be anywhere
+    require(list.outside >= 0 && (nowhere || before >= 0), "the middle has to be a part of the view");
   }
   list.total = list.selected + list.outside;
   return list;
@@ -84,7 +85,7 @@ GatherTask task_of(const ks_gather_args& a, const List& list, int64_t share) {
   task.entries = a.entries;
   if (a.start) {
     task.first = a.start[list.b];
-    task.before = a.middle_start[list.b] - a.start[list.b];
+    task.before = a.middle_length[list.b] ? a.middle_start[list.b] - a.start[list.b] : list.outside;
     task.behind = a.middle_start[list.b] + a.middle_length[list.b];
     task.outside = list.outside;
   }
