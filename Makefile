@@ -23,7 +23,7 @@ demo: $(STAMP)  ## answer questions on a long document: dense, FlexPrefill, Magi
 test: $(STAMP)  ## all tests but those of test-slow
 	@$(PYTEST) -m "not soak" $(ARGS)
 
-test-fast: $(STAMP)  ## the tests that take under two minutes together
+test-fast: $(STAMP)  ## the tests that take about three minutes on two cores
 	@$(PYTEST) -m "not slow and not soak" $(ARGS)
 
 test-slow: $(STAMP)  ## what takes minutes: sanitizers

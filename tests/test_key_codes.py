@@ -238,6 +238,7 @@ def factors(probe, codes, size, kv, planes, quota, per):
     return sampling.factors(probe, codes, size, kv, planes, quota, lists)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("case", "per"),
@@ -322,6 +323,7 @@ def test_kernels_draw_as_the_reference(case, keys, most_rows, rule, device):
     assert ascending[used[..., 1:]].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", [*(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[:2]), RULES[2]])
 def test_all_rows_are_taken_with_weight_one_where_the_budget_allows(rule, device):
@@ -334,6 +336,7 @@ def test_all_rows_are_taken_with_weight_one_where_the_budget_allows(rule, device
     assert torch.equal(out.expected, x.kv.length.float()[:, None].expand_as(out.expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", [RULES[0], *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])])
 def test_a_known_middle_gives_the_expected_rows_that_the_budget_says(rule, device):
@@ -343,6 +346,7 @@ def test_a_known_middle_gives_the_expected_rows_that_the_budget_says(rule, devic
     assert torch.allclose(out.expected, wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_keys_that_stand_out_are_always_taken(device):
     x = world(Case(((4, 300),), page=64), device)
@@ -365,6 +369,7 @@ def test_the_newest_token_is_hashed_on_the_way(device):
     same_draw(out, drawn(x, Quota(keys=20), RULES[0], kernel=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_draws_of_a_batch_are_those_of_each_sequence_wherever_its_rows_lie(device):
     x = world(CASES[0], device)
