@@ -195,28 +195,40 @@ def decode(
     Returns:
         Output in q's dtype ``[B, H, Dv]``, and the log-sum-exp, fp32 ``[B, H]``, if asked for.
     """
-    kv, middle, index, selection = store.view(), store.middle(method), {}, None
-    if chooses(method, store, ctx.layer):
-        index = store.index(method, q_BHD, ctx)
-        selection = method.select(q_BHD, middle, index, ctx)
-    scanned = 0 if selection is None or meter is None else method.scan_bytes(middle, index)
-    if selection is not None and method.top_p is not None:
-        if meter is not None:  # their keys are read to see what can go
-            scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()
-        selection = prune(selection, q_BHD, kv, ctx.scale, method.top_p)
+    kv, middle = store.view(), store.middle(method)
+    selection = _selected(q_BHD, store, kv, middle, method, ctx, meter)
     if selection is None:
-        if meter is not None:
-            meter.add_step(kv, q_BHD.shape[1], ctx.layer, None, None, 0)
         if with_lse:
             part = short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
             return part.out[:, 0], part.lse[:, 0]
         return dense_attention(q_BHD[:, None], kv, ctx.scale)[:, 0], None
     part = gather_attention(q_BHD, kv, selection, ctx.scale, middle, q_BHD.dtype)
+    if meter is not None and meter.measure_error:
+        meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
+    return part.out[:, 0], part.lse[:, 0] if with_lse else None
+
+
+def _selected(
+    q_BHD: Tensor, store: Store, kv: KV, middle: KV, method: Decode, ctx: Ctx, meter: Meter | None
+) -> Selection | None:
+    """What a step reads of the middle, counted; None where it reads all of it."""
+    if not chooses(method, store, ctx.layer):
+        selection = None
+    else:
+        index = store.index(method, q_BHD, ctx)
+        selection = method.select(q_BHD, middle, index, ctx)
+    if selection is None:
+        if meter is not None:
+            meter.add_step(kv, q_BHD.shape[1], ctx.layer, None, None, 0)
+        return None
+    scanned = 0 if meter is None else method.scan_bytes(middle, index)
+    if method.top_p is not None:
+        if meter is not None:  # their keys are read to see what can go
+            scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()
+        selection = prune(selection, q_BHD, kv, ctx.scale, method.top_p)
     if meter is not None:
         meter.add_step(kv, q_BHD.shape[1], ctx.layer, middle, selection, scanned)
-        if meter.measure_error:
-            meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
-    return part.out[:, 0], part.lse[:, 0] if with_lse else None
+    return selection
 
 
 def decode_offloaded(q_BHD: Tensor, store: OffloadedStore, method: Decode, ctx: Ctx, meter: Meter) -> Tensor:
@@ -236,19 +248,10 @@ def decode_offloaded(q_BHD: Tensor, store: OffloadedStore, method: Decode, ctx: 
 
 def _from_host(q_BHD: Tensor, host: Store, method: Decode, ctx: Ctx, meter: Meter) -> Partial:
     """Attention over what is selected of the middle, or all of it."""
-    kv, middle, selection = host.view(), host.middle(method), None
-    ctx = ctx._replace(positions=kv.length - 1)
-    if chooses(method, host, ctx.layer):
-        index = host.index(method, q_BHD, ctx)
-        selection = method.select(q_BHD, middle, index, ctx)
+    kv, middle = host.view(), host.middle(method)
+    selection = _selected(q_BHD, host, kv, middle, method, ctx._replace(positions=kv.length - 1), meter)
     if selection is None:
-        meter.add_step(kv, q_BHD.shape[1], ctx.layer, None, None, 0)
         return short_attention(q_BHD[:, None], middle, ctx.scale)
-    scanned = method.scan_bytes(middle, index)
-    if method.top_p is not None:
-        scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()
-        selection = prune(selection, q_BHD, kv, ctx.scale, method.top_p)
-    meter.add_step(kv, q_BHD.shape[1], ctx.layer, middle, selection, scanned)
     return gather_attention(q_BHD, kv, selection, ctx.scale)
 
 
