@@ -7,13 +7,11 @@ log-sum-exps (arXiv:2501.01005) in a fixed order, so that the number of threads 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from keysift.ops.cpu.library import DTYPES, Args, Library, isa_number, load
+from keysift.ops.cpu.library import DTYPES, Args, function, isa_of, load
 from keysift.types import KV, Law, Partial, Selection
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -111,26 +109,6 @@ def short(
     """
     operands = (q_BTHD, kv.k, kv.v, kv.table, kv.start, kv.length, scale, dtype, isa)
     return Partial(*(_short_op if torch.compiler.is_compiling() else _short)(*operands))
-
-
-@functools.cache
-def _library() -> Library:
-    library = load()
-    if library is None:
-        raise RuntimeError("the CPU kernels were not built; takes() says so")
-    return library
-
-
-@functools.cache
-def function(name: str, args: type[Args]) -> Callable[[Args], None]:
-    """``ks_<name>`` of the library; RuntimeError where there is none."""
-    return _library().function(name, args)
-
-
-@functools.cache
-def isa_of(name: str) -> int:
-    """The number of an instruction set; ValueError where it cannot run."""
-    return isa_number(name, _library())
 
 
 _GATHER_BYTES, _SHORT_BYTES = ctypes.sizeof(GatherArgs), ctypes.sizeof(ShortArgs)

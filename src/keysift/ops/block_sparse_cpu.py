@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keysift.ops.attention_cpu import KEY_FIELDS, dense_rows, fields, function, isa_of, key_values, takes
-from keysift.ops.cpu.library import DTYPES, Args
+from keysift.ops.attention_cpu import KEY_FIELDS, dense_rows, fields, key_values, takes
+from keysift.ops.cpu.library import DTYPES, Args, function, isa_of
 from keysift.types import KV, BlockMask
 
 

@@ -7,14 +7,12 @@ keep the tensors alive until the call returns.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from keysift.ops.cpu.library import DTYPES, Args, isa_number, load
+from keysift.ops.cpu.library import DTYPES, Args, function, isa_of
 from keysift.ops.select import count_of_rows
 from keysift.types import KV
 
@@ -49,41 +47,12 @@ class View(Args):
     )
 
 
-@functools.cache
-def function(name: str, args: type[Args]) -> Callable[[Any], None]:
-    """An exported function of the library, which has to be there."""
-    library = load()
-    if library is None:
-        raise RuntimeError("the CPU kernels were not built")
-    return library.function(name, args)
-
-
-@functools.cache
-def number_of(isa: str) -> int:
-    """The number of an instruction set that the library can run here; ValueError for others."""
-    library = load()
-    if library is None:
-        raise RuntimeError("the CPU kernels were not built")
-    return isa_number(isa, library)
-
-
 def call(name: str, args: Args, isa: str = "auto") -> None:
     """Run an exported function on as many threads as torch has."""
     args.size = ctypes.sizeof(args)
-    args.isa = number_of(isa)
+    args.isa = isa_of(isa)
     args.threads = torch.get_num_threads()
     function(name, type(args))(args)
-
-
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors: on the CPU, and without a gradient to be found."""
-    grad = torch.is_grad_enabled()
-    return load() is not None and all(x is None or (x.is_cpu and not (grad and x.requires_grad)) for x in tensors)
-
-
-def keeps_rows(k: Tensor) -> bool:
-    """Whether kernels can read keys as they lie: each row in one piece, of a dtype that they know."""
-    return k.stride(-1) == 1 and k.dtype in DTYPES
 
 
 def pointer(x: Tensor | None) -> int | None:

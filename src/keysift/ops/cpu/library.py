@@ -90,6 +90,26 @@ def load() -> Library | None:
     return Library(max(found, key=lambda path: path.stat().st_mtime))
 
 
+@functools.cache
+def _built() -> Library:
+    library = load()
+    if library is None:
+        raise RuntimeError("the CPU kernels were not built; load() says so")
+    return library
+
+
+@functools.cache
+def function(name: str, args: type[Args]) -> Callable[[Args], None]:
+    """``ks_<name>`` of the library; RuntimeError where there is none."""
+    return _built().function(name, args)
+
+
+@functools.cache
+def isa_of(name: str) -> int:
+    """The number of an instruction set; ValueError where it cannot run."""
+    return isa_number(name, _built())
+
+
 def _candidates() -> Iterator[Path]:
     """Where a library may be: in the package, which an editable install has in two places, or a source tree's build."""
     package = sys.modules[__package__ or "keysift.ops.cpu"]
