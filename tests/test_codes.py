@@ -93,7 +93,7 @@ def sixteenths(g, *shape, most=2.0):
     return torch.randint(-int(most * 16), int(most * 16) + 1, shape, generator=g) / 16
 
 
-def problem(case, seed=0, rows=None):
+def problem(case, seed=0, rows=None, device=DEVICE):
     """Keys, some of them like a query, in pages in any order; what is not in a view is NaN, codes are anything."""
     g, batch = generator(seed), len(case.spans)
     heads, kv_heads, dim = case.group * case.kv_heads, case.kv_heads, case.dim
@@ -116,12 +116,12 @@ def problem(case, seed=0, rows=None):
     anything = torch.randint(-(2**31), 2**31, (len(k), kv_heads, -(-page // 128), columns, 4), generator=g).int()
     if not case.page:
         k, anything = k[:batch], anything[:batch]
-    k = k.to(DEVICE, case.dtype)
-    kv = KV.on(k, k, case.spans, table.int().to(DEVICE) if case.page else None)
-    origin = None if case.origin is None else torch.tensor(case.origin, device=DEVICE)
+    k = k.to(device, case.dtype)
+    kv = KV.on(k, k, case.spans, table.int().to(device) if case.page else None)
+    origin = None if case.origin is None else torch.tensor(case.origin, device=device)
     kv = kv._replace(origin=origin, spans=None, most=rows)
-    mean, w, q = mean.to(DEVICE), w.to(DEVICE), q.to(DEVICE, case.dtype)
-    return Problem(kv, anything.to(DEVICE), mean, codes.thresholds(mean, w), w, q)
+    mean, w, q = mean.to(device), w.to(device), q.to(device, case.dtype)
+    return Problem(kv, anything.to(device), mean, codes.thresholds(mean, w), w, q)
 
 
 def integers(x, w, bits):

@@ -70,8 +70,9 @@ def test_a_second_turn_reads_the_first():
     with keysift.attach(model, decode=spec, kv_device="cpu"):
         assert torch.equal(two_turns(DynamicCache(config=model.config)), expected)
         assert torch.equal(two_turns(keysift.KVCache(model.config)), expected)
+        twice = {name: torch.cat([x, x], 1) for name, x in inputs.items()}
         with pytest.raises(ValueError, match="kv_device=cpu: the cache holds rows already; begin with an empty one"):
-            generate(model, inputs, past_key_values=filled, max_new_tokens=1)
+            generate(model, twice, past_key_values=filled, max_new_tokens=1)
         assert [layer.get_seq_length() for layer in filled.layers] == [90] * len(filled.layers)  # nothing is lost
         with pytest.raises(ValueError, match=r"kv_device=cpu: make the cache with the model's config"):
             generate(model, inputs, past_key_values=DynamicCache())

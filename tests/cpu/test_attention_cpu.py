@@ -240,7 +240,9 @@ def test_large_logits_do_not_overflow():
     k, v = keys_values(1, 100, 1, 64, FP32)
     q, kv = 300 * queries((1, 1, 1, 64), FP32), KV.of(300 * k, v)
     for isa in ISAS:
-        agree(short(q, kv, 1.0, isa=isa), short_attention_reference(q, kv, 1.0), EXACT)
+        got, want = short(q, kv, 1.0, isa=isa), short_attention_reference(q, kv, 1.0)
+        assert relative_error(got.out, want.out) <= EXACT
+        assert got.lse.item() == pytest.approx(want.lse.item(), rel=1e-6)  # of two million
 
 
 def test_a_batch_of_none_is_none():

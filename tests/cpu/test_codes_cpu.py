@@ -1,5 +1,6 @@
 """Codes in bit planes by the CPU kernels, on every instruction set of this CPU, against a comparison of integers."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +19,14 @@ from tests.test_codes import (
     hash_all,
     integers,
     listed,
-    problem,
     sixteenths,
 )
+from tests.test_codes import problem as problem_on
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the CPU kernels were not built")
 cpu = pytest.importorskip("keysift.ops.codes_cpu") if load() else None
 ISAS = load().usable if load() else ("none",)
+problem = functools.partial(problem_on, device="cpu")
 
 
 @pytest.fixture(params=ISAS)

@@ -5,7 +5,8 @@ import torch
 
 from keysift.ops import codes, pool
 from keysift.ops.cpu.library import load
-from tests.test_codes import POOLS, Case, Reference, expected_of_pool, hash_all, listed, problem
+from tests.cpu.test_codes_cpu import problem
+from tests.test_codes import POOLS, Case, Reference, expected_of_pool, hash_all, listed
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the CPU kernels were not built")
 cpu = pytest.importorskip("keysift.ops.pool_cpu") if load() else None

@@ -26,7 +26,7 @@ from keysift.types import Ctx, check_seed
 DENSE = dense.Method()
 WARMUP = 3
 CHECKED = 4  # steps that a graph must give the tokens of eager ones for
-SPARE_BYTES = 2 << 30  # left free for what a step computes
+SPARE_BYTES = 4 << 30  # left free for what a step computes, and for what CUDA graphs keep of it
 
 
 @dataclass(frozen=True)

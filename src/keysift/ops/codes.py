@@ -24,7 +24,7 @@ from keysift.types import KV, Law, Selection
 MAX_BITS = 15  # a table's code is kept in an int16
 WORDS = 4  # of a plane in an entry, which one load of 16 bytes brings
 UNIT = 32 * WORDS
-MEAN_ROWS = 4096  # keys that are added up at a time
+MEAN_ROWS = 1024  # keys of a sequence that are added up at a time
 HASH_ROWS = 2048  # keys that the reference hashes at a time, which bounds the products
 MATCH_WORDS = 1 << 19  # words that the reference compares at a time, to stay in the cache
 LAW_ERROR = 1e-3  # of a log weight that is read from a table, for cosines of -0.95 and more

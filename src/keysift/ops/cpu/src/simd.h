@@ -198,14 +198,19 @@ KS_INLINE f32v gather(const float* base, i32v at) {
 #endif
 }
 
+// Of the first half of the lanes and the second, and so on.
 KS_INLINE float sum(f32v v) {
-  float x[W], total = 0;
-  store(x, v);
-  for (int step = W / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; i++) x[i] += x[i + step];
-  }
-  total = x[0];
-  return total;
+#if KS_WIDTH == 4
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#else
+#if KS_WIDTH == 16
+  const __m256 eight = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+#else
+  const __m256 eight = v;
+#endif
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+#endif
 }
 KS_INLINE float largest(f32v v) {
   float x[W];
