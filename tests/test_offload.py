@@ -21,29 +21,65 @@ SPECS = (
 )
 
 
+BY_SIDES = (*SPECS[2:5], SPECS[2].replace("page=4", "page=64"))  # select without a look at keys
+SELECT = [("cpu", spec) for spec in SPECS] + [("gpu", spec) for spec in BY_SIDES]  # "gpu" is where the model is
+
+
 def generate(model, inputs, **options):
     options = {"max_new_tokens": 24, "do_sample": False, "min_new_tokens": 24, "pad_token_id": 0} | options
     return model.generate(**inputs, **options)
 
 
 @pytest.mark.parametrize("pads", [(0,), RAGGED], ids=["one", "ragged"])
-@pytest.mark.parametrize("spec", SPECS)
-def test_generation_gives_the_tokens_of_a_cache_on_the_device(spec, pads):
+@pytest.mark.parametrize(("where", "spec"), SELECT)
+def test_generation_gives_the_tokens_of_a_cache_on_the_device(where, spec, pads):
     model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, pads)
     with keysift.attach(model, decode=spec) as sift:
         expected, kept = generate(model, inputs), sift.stats.kept_fraction
-    with keysift.attach(model, decode=spec, kv_device="cpu") as sift:
+    with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where) as sift:
         assert torch.equal(generate(model, inputs), expected)
         assert sift.stats.kept_fraction == pytest.approx(kept)
 
 
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prefill_chunk_size": 23}, {"prefill_chunk_size": 89}])
-def test_beams_and_chunks_too(options):
+def test_beams_and_chunks_too(options, where):
     model, inputs, spec = tiny("llama-llama3-rope-gqa"), prompt(90, RAGGED), SPECS[2]
     with keysift.attach(model, decode=spec):
         expected = generate(model, inputs, **options)
-    with keysift.attach(model, decode=spec, kv_device="cpu"):
+    with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
         assert torch.equal(generate(model, inputs, **options), expected)
+
+
+@pytest.mark.parametrize("spec", BY_SIDES)
+def test_side_data_on_the_device_are_those_beside_the_rows_and_take_no_memory_for_keys(spec):
+    model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, RAGGED)
+    caches = {where: keysift.KVCache(model.config) for where in ("cpu", "gpu")}
+    for where, cache in caches.items():
+        with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
+            generate(
+                model, inputs, past_key_values=cache, max_new_tokens=300, min_new_tokens=300
+            )  # they outgrow a piece
+    for beside, here in zip(*(cache.layers for cache in caches.values()), strict=True):
+        if not hasattr(here, "offloaded"):
+            continue
+        host, side = beside.offloaded.host, here.offloaded.side
+        assert here.offloaded.host._index == {} and beside.offloaded.side is None
+        assert {side.k.untyped_storage().nbytes(), side.v.untyped_storage().nbytes()} == {side.k.element_size()}
+        assert side.slots.lengths == host.slots.lengths and side.k.shape == here.offloaded.host.k.shape
+        for name, x in host._index.items():
+            assert torch.equal(x, side._index[name].cpu())
+
+
+def test_a_method_that_ranks_keys_selects_where_they_are():
+    model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, (0,))
+    with (
+        keysift.attach(model, decode=SPECS[6], kv_device="cpu", select_device="gpu"),
+        pytest.raises(ValueError, match="select_device=gpu: this method selects by keys, which are on the host"),
+    ):
+        generate(model, inputs)
+    with pytest.raises(ValueError, match="select_device=here: choose auto, gpu or cpu"):
+        keysift.attach(model, kv_device="cpu", select_device="here")
 
 
 def test_layers_with_a_window_of_their_own_stay_where_they_are():
@@ -78,8 +114,8 @@ def test_a_second_turn_reads_the_first():
             generate(model, inputs, past_key_values=DynamicCache())
 
 
-@pytest.mark.parametrize("spec", [SPECS[2], SPECS[5]])
-def test_rows_that_are_taken_back_are_forgotten_on_both_tiers(spec, monkeypatch):
+@pytest.mark.parametrize(("where", "spec"), [("cpu", SPECS[2]), ("cpu", SPECS[5]), *(("gpu", s) for s in BY_SIDES)])
+def test_rows_that_are_taken_back_are_forgotten_on_both_tiers(where, spec, monkeypatch):
     monkeypatch.setattr("keysift.offload.NEWEST", 6)
     model, inputs = tiny("qwen3"), prompt(90, (0,))
 
@@ -92,24 +128,26 @@ def test_rows_that_are_taken_back_are_forgotten_on_both_tiers(spec, monkeypatch)
 
     with keysift.attach(model, decode=spec):
         expected = there_and_back()
-    with keysift.attach(model, decode=spec, kv_device="cpu"):
+    with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
         assert torch.equal(there_and_back(), expected)
 
 
-def test_rows_that_left_the_window_leave_the_device(monkeypatch):
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_rows_that_left_the_window_leave_the_device(where, monkeypatch):
     monkeypatch.setattr("keysift.offload.NEWEST", 6)
+    monkeypatch.setattr("keysift.offload.HELD", 8)
     model, inputs, spec = tiny("llama-llama3-rope-gqa"), prompt(90, RAGGED), SPECS[2]
     with keysift.attach(model, decode=spec):
         expected = generate(model, inputs)
     most = []
     drop_old = OffloadedStore.drop_old
 
-    def watched(self, method):
-        drop_old(self, method)
+    def watched(self):
+        drop_old(self)
         most.append(self.near.length)
 
     monkeypatch.setattr(OffloadedStore, "drop_old", watched)
-    with keysift.attach(model, decode=spec, kv_device="cpu"):
+    with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
         assert torch.equal(generate(model, inputs), expected)
     assert min(most) >= 12 and max(most) <= 4 + 8 + 6 and NEWEST > 6
 

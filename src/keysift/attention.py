@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from keysift.ops.gather import gather_attention
 from keysift.ops.merge import merge
 from keysift.ops.prune import prune
 from keysift.ops.short import short_attention
-from keysift.types import KV, BlockMask, Ctx, Decode, Partial, Prefill, Selection
+from keysift.types import KV, BlockMask, Ctx, Decode, Law, Partial, Prefill, Selection
 
 LIST_BYTES = 1 << 28  # block lists of a sequence, and the masks they are made of, exist for so many bytes at a time
 
@@ -196,7 +196,7 @@ def decode(
         Output in q's dtype ``[B, H, Dv]``, and the log-sum-exp, fp32 ``[B, H]``, if asked for.
     """
     kv, middle = store.view(), store.middle(method)
-    selection = _selected(q_BHD, store, kv, middle, method, ctx, meter)
+    selection = select(q_BHD, store, method, ctx, meter)
     if selection is None:
         if with_lse:
             part = short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
@@ -208,11 +208,17 @@ def decode(
     return part.out[:, 0], part.lse[:, 0] if with_lse else None
 
 
-def _selected(
-    q_BHD: Tensor, store: Store, kv: KV, middle: KV, method: Decode, ctx: Ctx, meter: Meter | None
+def select(
+    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | None, rows: Store | None = None
 ) -> Selection | None:
-    """What a step reads of the middle, counted; None where it reads all of it."""
-    if not chooses(method, store, ctx.layer):
+    """What a step reads of the middle, counted; None where it reads all of it.
+
+    Args:
+        store: with the method's side data.
+        rows: where the rows are, if the store has side data alone.
+    """
+    kv, middle = store.view(), store.middle(method)
+    if not chooses(method, rows or store, ctx.layer):
         selection = None
     else:
         index = store.index(method, q_BHD, ctx)
@@ -237,22 +243,50 @@ def decode_offloaded(q_BHD: Tensor, store: OffloadedStore, method: Decode, ctx: 
     Returns:
         Output in q's dtype ``[B, H, Dv]``.
     """
-    near, there = store.near, arriving(q_BHD)
-    kv = near.view()
-    nobody = torch.zeros(len(q_BHD), kv.k.shape[2], 1, dtype=torch.int32, device=kv.k.device)
-    beside = gather_attention(q_BHD, kv, Selection(nobody, nobody[..., 0]), ctx.scale, near.middle(method))
-    far = _from_host(there(), store.host, method, ctx, meter)  # while the device is at work
+    store.bring_up_to_date(ctx)
+    there = arriving(q_BHD)
+    if store.side is None:
+        beside = attend_beside(q_BHD, store.near, method, ctx.scale)
+        q = there()  # from here on the device is at work, and so is the host
+        selection = select(q, store.host, method, ctx._replace(positions=store.host.view().length - 1), meter)
+    else:
+        ctx = ctx._replace(positions=store.side.view().length - 1)
+        chosen = select(q_BHD, store.side, method, ctx, meter, store.host)
+        sent = selection_arriving(chosen)
+        beside = attend_beside(q_BHD, store.near, method, ctx.scale)
+        q, selection = there(), sent()
+    far = attend_on_host(q, store.host, selection, method, ctx.scale)
     part = merge(beside, Partial(*(x.to(q_BHD.device) for x in far)))
     return part.out[:, 0].to(q_BHD.dtype)
 
 
-def _from_host(q_BHD: Tensor, host: Store, method: Decode, ctx: Ctx, meter: Meter) -> Partial:
+def attend_beside(q_BHD: Tensor, near: Store, method: Decode, scale: float) -> Partial:
+    """Attention over sinks and window."""
+    kv = near.view()
+    nobody = torch.zeros(len(q_BHD), kv.k.shape[2], 1, dtype=torch.int32, device=kv.k.device)
+    return gather_attention(q_BHD, kv, Selection(nobody, nobody[..., 0]), scale, near.middle(method))
+
+
+def attend_on_host(q_BHD: Tensor, host: Store, selection: Selection | None, method: Decode, scale: float) -> Partial:
     """Attention over what is selected of the middle, or all of it."""
-    kv, middle = host.view(), host.middle(method)
-    selection = _selected(q_BHD, host, kv, middle, method, ctx._replace(positions=kv.length - 1), meter)
     if selection is None:
-        return short_attention(q_BHD[:, None], middle, ctx.scale)
-    return gather_attention(q_BHD, kv, selection, ctx.scale)
+        return short_attention(q_BHD[:, None], host.middle(method), scale)
+    return gather_attention(q_BHD, host.view(), selection, scale)
+
+
+def selection_arriving(selection: Selection | None) -> Callable[[], Selection | None]:
+    """``arriving`` for a selection."""
+    if selection is None:
+        return lambda: None
+    law = isinstance(selection.log_w, Law)
+    weights = () if selection.log_w is None else tuple(selection.log_w) if law else (selection.log_w,)
+    parts = [arriving(x) for x in (selection.rows, selection.count, *weights)]
+
+    def wait() -> Selection:
+        rows, count, *of_rows = (part() for part in parts)
+        return Selection(rows, count, Law(*of_rows) if law else of_rows[0] if of_rows else None)
+
+    return wait
 
 
 def chooses(method: Decode, store: Store, layer: int) -> bool:

@@ -79,8 +79,13 @@ class Store:
         if self.length + tokens > self.slots.page:
             self._grow(rows_with_room(self.length, self.length + tokens))
         self.slots.append(tokens)
-        rows = slice(self.length - tokens, self.length)
-        self.k[:, rows], self.v[:, rows] = k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2)
+        self.put(k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2))
+
+    def put(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+        """Fill the last T rows of sequences in one piece, which ``Slots.append`` has counted, as the host knows."""
+        _, k, v = self._made()
+        rows = slice(self.length - k_BTKD.shape[1], self.length)
+        k[:, rows], v[:, rows] = k_BTKD, v_BTKD
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, which: slice = slice(None)) -> None:
         """Fill the last T rows of some slots, which ``Slots.append`` has counted; an empty slot's go to page 0."""
@@ -109,16 +114,15 @@ class Store:
         self.slots.reorder(order)
         self._seen = [self._seen[i] for i in order]
         with ordinary_tensors():
-            self.k, self.v, self._tail = (
-                None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.k, self.v, self._tail)
-            )
+            self.k, self.v = (self._picked(x, rows) for x in (self.k, self.v))
+            self._tail = None if self._tail is None else self._tail.index_select(0, rows.to(self._tail.device))
             self._index = {
                 name: x if self._kinds[name] is None else x.index_select(0, rows.to(x.device))
                 for name, x in self._index.items()
             }
 
-    def copied(self, device: torch.device, copy: Callable[[Tensor], Tensor]) -> Store:
-        """The same rows and side data on another device, by ``copy``; for sequences in one piece."""
+    def copied(self, device: torch.device, copy: Callable[[Tensor], Tensor], sides: bool = True) -> Store:
+        """The same rows and, if wanted, side data on another device, by ``copy``; for sequences in one piece."""
         slots, k, v = self._made()
         other = Store()
         with ordinary_tensors():
@@ -126,8 +130,10 @@ class Store:
             other.slots.stores.append(other)
             other.k, other.v = copy(k), copy(v)
             other._tail = None if self._tail is None else copy(self._tail)
-            other._index = {name: copy(x) for name, x in self._index.items()}
-        other._kinds, other._built_by, other._seen = dict(self._kinds), self._built_by, list(self._seen)
+            other._index = {name: copy(x) for name, x in self._index.items()} if sides else {}
+        other._seen = list(self._seen)
+        if sides:
+            other._kinds, other._built_by = dict(self._kinds), self._built_by
         return other
 
     def copy_page(self, source: int, to: int) -> None:
@@ -150,6 +156,14 @@ class Store:
         assert self.slots is not None
         # an entry of several keys may hold some that are gone: there is something to bring up to date
         self._seen[slot] = min(self._seen[slot], self.slots.appended[slot] - 1)
+
+    def join(self, slots: Slots) -> None:
+        """Be counted with another layer, whose slots hold the same sequences, from here on."""
+        own, _, _ = self._made()
+        assert slots.in_one_piece and (slots.lengths, slots.starts, slots.page) == (own.lengths, own.starts, own.page)
+        self._seen = [n - (then - seen) for n, then, seen in zip(slots.appended, own.appended, self._seen, strict=True)]
+        self.slots = slots
+        slots.stores.append(self)
 
     # ---- the method's side data -------------------------------------------------------------------------------------
 
@@ -266,16 +280,25 @@ class Store:
             )
         self._seen = [0] * batch
 
+    def reserve(self, rows: int) -> None:
+        """Room for ``rows`` rows in every piece, so that nothing moves until there are more."""
+        slots, _, _ = self._made()
+        if rows > slots.page:
+            self._grow(rows)
+
+    def _picked(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows.to(x.device))
+
+    def _enlarged(self, x: Tensor, rows: int) -> Tensor:
+        larger = in_large_pages(torch.empty(len(x), rows, *x.shape[2:], dtype=x.dtype, device=x.device))
+        larger[:, : self.length] = x[:, : self.length]
+        return larger
+
     def _grow(self, rows: int) -> None:
-        """Room for ``rows`` rows in every piece."""
         slots, k, v = self._made()
-        used, slots.page = self.length, rows
+        slots.page = rows
         with ordinary_tensors():
-            larger = []
-            for x in (k, v):
-                larger.append(in_large_pages(torch.empty(len(x), rows, *x.shape[2:], dtype=x.dtype, device=x.device)))
-                larger[-1][:, :used] = x[:, :used]
-            self.k, self.v = larger
+            self.k, self.v = (self._enlarged(x, rows) for x in (k, v))
             if self._built_by is not None:
                 kinds = self._kinds_of(self._built_by[0])
                 self._index |= {name: _overlaid(self._blank(kind), self._index[name]) for name, kind in kinds.items()}

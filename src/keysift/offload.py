@@ -1,8 +1,9 @@
-"""A layer's cache in two tiers: all rows and their side data in host memory, sinks and newest rows on the device too.
+"""A layer's cache in two tiers: all rows in host memory, sinks and newest rows on the device too.
 
-After the prompt a layer's rows and the side data of its method, which the device computes, are copied to the host while
-the next layers compute. A decode step then attends to sinks and window on the device, and on the host to the rows
-that the method selects (arXiv:2410.16179).
+After the prompt a layer's rows, and the side data of its method, which the device computes, are copied to the host
+while the next layers compute. A decode step then attends to sinks and window on the device, and on the host to the
+rows that the method selects (arXiv:2410.16179). Side data stay on the device where they fit: it selects then, and of
+the host's memory only the selected rows are read.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from torch import Tensor
 from keysift.cache import Store, rows_with_room
 from keysift.ops.cpu.memory import in_large_pages
 from keysift.slots import Slots, ordinary_tensors
-from keysift.types import KV, Ctx, Decode
+from keysift.types import KV, Ctx, Decode, one_of
 
 HOST = torch.device("cpu")
+SELECT_DEVICES = ("auto", "gpu", "cpu")
+HELD = 64  # newest rows that the device keeps at least: side data of a page of so many are made anew from them
+SIDES_OF_FREE = 0.5  # of the device's free memory may be side data where nobody said where they are to be
 NEWEST = 256  # rows that may gather on the device behind the window before those that have left it are dropped
 STAGED_BYTES = 64 << 20  # of each of the two pinned buffers that copies go through
 IDLE_S = 5.0  # after which the thread that copies ends, and its buffers are free again
@@ -187,40 +191,160 @@ def arriving(x: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
+class Mailbox:
+    """Tensors of the host that stay where they are, page-locked where the other side is a GPU."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._locked: list[Tensor] = []
+
+    def room(self, **like: Tensor) -> None:
+        """Make tensors of these shapes and dtypes, where there are none of their names, or of another shape."""
+        for name, x in like.items():
+            if name not in self._kept or self._kept[name].shape != x.shape:
+                with ordinary_tensors():
+                    self._kept[name] = torch.empty(x.shape, dtype=x.dtype)
+                if x.is_cuda:
+                    self._lock(self._kept[name])
+
+    def put(self, **tensors: Tensor) -> None:
+        """Copy into them; from a device without waiting for it."""
+        self.room(**tensors)
+        for name, x in tensors.items():
+            self._kept[name].copy_(x, non_blocking=True)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._kept[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self._kept.get(name)
+
+    def _lock(self, x: Tensor) -> None:
+        """Not by torch's allocator: that asks of every copy from what it made whether it is over, also while a graph is
+        being captured."""
+        error = torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0)
+        if int(error):
+            raise MemoryError(f"{x.nbytes} bytes of host memory could not be page-locked: {error}")
+        self._locked.append(x)
+
+    def __del__(self) -> None:
+        for x in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(x.data_ptr())
+
+
 class HostTier:
     """What the layers of one cache share: who selects from the rows on the host, how they get there, what fits.
 
     Attributes:
         method: the decode method; its dense layers stay on the device.
         memory: what may be used.
+        select_device: where side data are and rows are selected: "gpu" (the model's device), "cpu", or "auto": the
+            device, where it has the memory and the method needs nothing but side data.
+        sides_on_device: what that came to, known once a prompt was admitted.
     """
 
-    def __init__(self, method: Decode, memory: HostMemory | None = None) -> None:
-        self.method, self.memory = method, memory or HostMemory()
+    def __init__(self, method: Decode, memory: HostMemory | None = None, select_device: str = "auto") -> None:
+        one_of("select_device", select_device, SELECT_DEVICES)
+        self.method, self.memory, self.select_device = method, memory or HostMemory(), select_device
         self.copier = Copier()
+        self.sides_on_device = False
+        self._admitted = False
 
     def admit(self, k_BKTD: Tensor, v_BKTD: Tensor, layers: int) -> None:
-        """Raise MemoryError unless the host has room for prompts like this layer's in so many layers."""
+        """Raise MemoryError unless the host has room for prompts like this layer's in so many layers; once a prompt."""
+        if self._admitted:
+            return
         batch, heads, tokens, dim = k_BKTD.shape
-        sides = sum(side.token_bytes for side in self.method.sides(dim, k_BKTD.dtype).values())
-        row = (dim + v_BKTD.shape[3]) * k_BKTD.element_size() + sides
-        self.memory.admit(int(layers * batch * rows_with_room(0, tokens) * heads * row))
+        rows = layers * batch * rows_with_room(0, tokens) * heads
+        sides = rows * sum(side.token_bytes for side in self.method.sides(dim, k_BKTD.dtype).values())
+        self.sides_on_device = self._selects_on_device(sides, k_BKTD.device)
+        row = (dim + v_BKTD.shape[3]) * k_BKTD.element_size()
+        self.memory.admit(int(rows * row + (0 if self.sides_on_device else sides)))
+        self._admitted = True
+
+    def _selects_on_device(self, sides: float, device: torch.device) -> bool:
+        able = self.method.reads_sides_alone and self.method.top_p is None and sides > 0
+        if self.select_device == "gpu" and not able:
+            raise ValueError(
+                "select_device=gpu: this method selects by keys, which are on the host; choose cpu or auto"
+            )
+        if self.select_device != "auto" or not able:
+            return able and self.select_device == "gpu"
+        return device.type == "cuda" and sides <= SIDES_OF_FREE * free_device_bytes(device)
+
+    def forget(self) -> None:
+        """The cache is empty again: the next prompt is to be admitted."""
+        self._admitted = False
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a GPU that torch may still take, a limit by ``set_per_process_memory_fraction`` included."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, limit) + reserved - torch.cuda.memory_allocated(device)
+
+
+class SideStore(Store):
+    """Side data on the device of rows that are on the host: keys and values have a shape here, and no memory."""
+
+    def __init__(self, whole: Store) -> None:
+        """Take over the slots and the side data of a store, which must be thrown away."""
+        super().__init__()
+        slots, k, v = whole._made()
+        self.slots = slots
+        slots.stores[:] = [self]
+        with ordinary_tensors():
+            self.k, self.v = (x.new_empty(1, 1, 1, 1).expand(x.shape) for x in (k, v))
+        self._index, self._kinds, self._built_by, self._seen = whole._index, whole._kinds, whole._built_by, whole._seen
+
+    def add(self, rows: int) -> None:
+        """Note that every sequence has more rows, of which there are no side data yet."""
+        slots, _, _ = self._made()
+        if self.length + rows > slots.page:
+            self.reserve(rows_with_room(self.length, self.length + rows))
+        slots.append(rows)
+
+    @property
+    def missing(self) -> int:
+        """Rows that sequences may have gained since side data were brought up to date."""
+        slots, _, _ = self._made()
+        return max((n - seen for n, seen in zip(slots.appended, self._seen, strict=True)), default=0)
+
+    def refresh(self, method: Decode, near: Store, shift: int, ctx: Ctx) -> None:
+        """Bring side data up to date from the newest rows, row ``r`` being row ``r - shift`` of ``near``."""
+        slots, _, _ = self._made()
+        if method.grows and (most := self.missing):
+            with ordinary_tensors():
+                rows = slots.part(self.view(), method.sinks, 0, True)
+                done = slots.all_but(most, method.sinks, True) - shift
+                k, v = _made(near.k), _made(near.v)
+                here = rows._replace(k=k, v=v, start=rows.start - shift, origin=slots.start - shift, most=k.shape[1])
+                method.extend(self._index, here, done, most, ctx)
+        self._seen = list(slots.appended)
+
+    def _picked(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[:1].expand(len(rows), -1, -1, -1)
+
+    def _enlarged(self, x: Tensor, rows: int) -> Tensor:
+        return x[:, :1].expand(-1, rows, -1, -1)
 
 
 class OffloadedStore:
     """One layer's rows: all of them in ``host``; sinks, window and those after it in ``near`` as well.
 
     Attributes:
-        host: the store that the method selects from.
+        host: all rows; with their side data, where the host selects.
         near: rows on the device, those of sequence b at the end of its piece.
+        side: side data on the device, where that selects; None before the prompt's end, and where the host does.
     """
 
-    def __init__(self, copier: Copier) -> None:
-        self.copier = copier
+    def __init__(self, tier: HostTier) -> None:
+        self.tier, self.copier = tier, tier.copier
         self.host = Store()
         self.near = Store()
+        self.side: SideStore | None = None
         self._whole: Store | None = None  # during a prompt, on its device
-        self._method: Decode | None = None
 
     @property
     def length(self) -> int:
@@ -236,6 +360,8 @@ class OffloadedStore:
             self.copier.wait()
             self.host.append(k_BKTD.to(HOST), v_BKTD.to(HOST))
             self.near.append(k_BKTD, v_BKTD)
+            if self.side is not None:
+                self.side.add(k_BKTD.shape[2])
         else:
             self._whole = self._whole or Store()
             self._whole.append(k_BKTD, v_BKTD)
@@ -256,25 +382,46 @@ class OffloadedStore:
         if slots is not None:
             slots.pad(starts)
 
-    def end_prefill(self, q_BTHD: Tensor, method: Decode, ctx: Ctx) -> None:
-        """Note that the rows so far are prompt: side data are made on the device, and all goes to the host."""
-        self._method = method
+    @property
+    def shift(self) -> int:
+        """What is to be taken from the number of a row to find it in ``near``."""
+        return self.host.length - self.near.length
+
+    def end_prefill(self, q_BTHD: Tensor, ctx: Ctx) -> None:
+        """Note that the rows so far are prompt: side data are made on the device, and the rows go to the host."""
+        method = self.tier.method
         if self._whole is None:  # a later part of a prompt: its rows are on the host already
             self.host.end_prefill(q_BTHD.to(HOST), method.tail)
-            self.near = _newest(self.host, method.sinks, method.window, q_BTHD.device)
+            self.near, self.side = self._newest(self.host, q_BTHD.device), None
             return
         whole, self._whole = self._whole, None
         whole.end_prefill(q_BTHD, method.tail)
         if ctx.layer not in method.dense_layers and not method.covers(whole.longest_middle(method)):
             whole.begin(method, q_BTHD[:, max(0, q_BTHD.shape[1] - method.tail) :], ctx)
-        self.host = whole.copied(HOST, self.copier.copy)
-        self.near = _newest(whole, method.sinks, method.window, q_BTHD.device)
+        begun = whole._built_by is not None
+        self.host = whole.copied(HOST, self.copier.copy, sides=not self.tier.sides_on_device)
+        self.near = self._newest(whole, q_BTHD.device)
+        self.side = SideStore(whole) if begun and self.tier.sides_on_device else None
         self.copier.mark()
 
-    def drop_old(self, method: Decode) -> None:
+    def _newest(self, store: Store, device: torch.device, generated: int = 0) -> Store:
+        method = self.tier.method
+        return _newest(store, method.sinks, max(method.window, HELD) + generated, device)
+
+    def drop_old(self) -> None:
         """Let go of rows on the device that have left the window; the host has them."""
-        if method.grows and self.near.length > method.sinks + method.window + NEWEST:
-            self.near = _newest(self.near, method.sinks, method.window, _made(self.near.k).device)
+        method = self.tier.method
+        if method.grows and self.near.length > method.sinks + max(method.window, HELD) + NEWEST:
+            self.near = self._newest(self.near, _made(self.near.k).device)
+
+    def bring_up_to_date(self, ctx: Ctx) -> None:
+        """Side data on the device of rows that were added since; the host makes its own where too many were."""
+        if self.side is None:
+            return
+        if self.side.missing > HELD:
+            self.side = None
+        else:
+            self.side.refresh(self.tier.method, self.near, self.shift, ctx)
 
     def truncate(self, length: int) -> None:
         """Forget the rows of every sequence from ``length`` on.
@@ -291,16 +438,17 @@ class OffloadedStore:
         if length < self.host.prompt:
             raise ValueError(f"kv_device=cpu: the prompt's {self.host.prompt} rows cannot be cut to {length}")
         self.host.truncate(length)
-        assert self._method is not None
-        generated = 0 if self._method.grows else length - self.host.prompt  # the middle ends where the prompt's did
-        self.near = _newest(self.host, self._method.sinks, self._method.window + generated, _made(self.near.k).device)
+        if self.side is not None:
+            self.side.truncate(length)
+        generated = 0 if self.tier.method.grows else length - self.host.prompt  # the middle ends where the prompt's did
+        self.near = self._newest(self.host, _made(self.near.k).device, generated)
         for slot, start in enumerate(self.near.slots.starts if self.near.slots else ()):
             self.near.slots.end_prompt(slot, max(start, self.near.length - generated))  # type: ignore[union-attr]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat sequences, as ``Store.select``."""
         self.copier.wait()
-        for store in (self.host, self.near, self._whole):
+        for store in (self.host, self.near, self.side, self._whole):
             if store is not None and store.length:
                 store.select(rows)
 

@@ -65,6 +65,8 @@ class Slots:
         self = cls.__new__(cls)
         self.page, self.pages, self.in_one_piece = rows, slots, True
         self._set_up(slots, 1, device)
+        with ordinary_tensors():
+            self.table.copy_(torch.arange(slots)[:, None])
         return self
 
     def _set_up(self, slots: int, pages_per_slot: int, device: torch.device) -> None:
@@ -194,7 +196,7 @@ class Slots:
         with ordinary_tensors():
             which = torch.tensor(rows, dtype=torch.int64, device=self.device)
             self.start, self.length, self.prompt = (x[which] for x in (self.start, self.length, self.prompt))
-            self.table = torch.zeros(len(rows), 1, dtype=torch.int32, device=self.device)
+            self.table = torch.arange(len(rows), dtype=torch.int32, device=self.device)[:, None]
         self._views.clear()
 
     def copied(self, device: torch.device) -> Slots:

@@ -339,6 +339,11 @@ class Decode(Method, Protocol):
         """Share of the selected rows' weight that is enough (Twilight, arXiv:2502.02770); None for all rows."""
         ...
 
+    @property
+    def reads_sides_alone(self) -> bool:
+        """Whether ``select`` reads side data and no keys, so that the rows may be elsewhere."""
+        ...
+
     def covers(self, keys: int) -> bool:
         """Whether all of a middle of so many keys would be read: dense attention serves it then."""
         ...

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keysift.ops.attention_cpu import gather, short, takes
+from keysift.ops.attention_cpu import gather, repeated_gather, short, takes
 from keysift.ops.cpu.library import load
 from keysift.ops.gather import gather_attention_reference
 from keysift.ops.short import short_attention_reference
@@ -234,6 +234,27 @@ def test_the_number_of_threads_does_not_change_a_bit(isa):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("weights", ["none", "given", "law"])
+def test_a_repeated_call_reads_what_its_tensors_hold_by_then(weights):
+    k, v = keys_values(2, 300, 2, 64, BF16)
+    q, kv = queries((2, 8, 64), BF16), KV.of(k, v)
+    rows = torch.randint(300, (2, 2, 50), generator=generator(1)).int()
+    count = torch.full((2, 2), 50, dtype=torch.int32)
+    law = Law(torch.zeros(2, 2, 64), torch.linspace(3, 0, 9))
+    log_w = {"none": None, "given": torch.rand(2, 2, 50, generator=generator(2)), "law": law}[weights]
+    selection = Selection(rows, count, log_w)
+    out, lse = torch.empty(2, 1, 8, 64), torch.empty(2, 1, 8)
+    again = repeated_gather(q, kv, selection, 0.2, out, lse)
+    for seed in range(3):
+        again()
+        want = gather(q, kv, selection, 0.2)
+        assert torch.equal(out, want.out) and torch.equal(lse, want.lse)
+        q.copy_(queries((2, 8, 64), BF16) * (seed + 2))
+        rows.copy_(torch.randint(300, rows.shape, generator=generator(seed + 5)))
+        count.sub_(7)
+    assert repeated_gather(q.double(), kv, selection, 0.2, out, lse) is None
 
 
 def test_large_logits_do_not_overflow():

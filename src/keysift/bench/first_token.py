@@ -49,6 +49,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 128256,
     },
+    "codellama-13b": {
+        "num_hidden_layers": 40,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "head_dim": 128,
+        "vocab_size": 32016,
+    },
+    "codellama-34b": {
+        "num_hidden_layers": 48,
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+    },
     "tiny": {
         "num_hidden_layers": 2,
         "hidden_size": 64,
@@ -197,7 +215,7 @@ def random_model(shape: str, longest: int, device: torch.device, dtype: torch.dt
     """A decoder of a known shape with random weights, made on the device.
 
     Args:
-        shape: "llama-8b", "llama-1b" or "tiny".
+        shape: a name in ``SHAPES``.
         longest: tokens that it has to take.
         device, dtype: of the weights.
         seed: of weights and prompts.

@@ -20,6 +20,7 @@ from keysift.bench.prefill import failure
 from keysift.hf import attach
 from keysift.hf.paged import PagedCache, StepGraph
 from keysift.methods import dense, describe
+from keysift.offload import free_device_bytes
 from keysift.slots import Slots, check_page
 from keysift.types import Ctx, check_seed
 
@@ -110,11 +111,11 @@ def most_sequences(model: Any, setup: Setup, context: int, methods: Sequence[Any
     """Sequences of a context that the memory of a GPU has room for; 1 on a CPU."""
     if model.device.type != "cuda":
         return 1
-    free = torch.cuda.mem_get_info(model.device)[0] - SPARE_BYTES
+    free = free_device_bytes(model.device) - SPARE_BYTES
     one = PagedCache(model, Slots(1, setup.page, 1, 2, model.device))
     pages = -(-rows_needed(setup, context) // setup.page)
     kept = sum(x[0].numel() * x.element_size() for store in one.stores for x in (store.k, store.v) if x is not None)
-    return int(free // (pages * kept * (1 + max(_side_share(method, one.stores[0]) for method in methods))))
+    return int(max(0, free) // (pages * kept * (1 + max(_side_share(method, one.stores[0]) for method in methods))))
 
 
 def _side_share(method: Any, store: Any) -> float:

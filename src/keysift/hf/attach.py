@@ -17,6 +17,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.cache import adopt
+from keysift.hf.hybrid import HybridLayer
 from keysift.meter import Meter
 from keysift.methods import dense, parse
 from keysift.offload import HostMemory, HostTier, OffloadedStore
@@ -78,6 +79,7 @@ class Attachment:
     seed: int = 0
     kv_device: str = "gpu"
     host_memory: int | None = None
+    select_device: str = "auto"
     meter: Meter = field(default_factory=Meter)
     in_prompt: bool = False  # transformers is inside its prefill, in however many chunks
     how: str | None = None  # set by `reading`
@@ -151,6 +153,7 @@ def attach(
     seed: int = 0,
     kv_device: str = "gpu",
     host_memory: int | None = None,
+    select_device: str = "auto",
 ) -> Attachment:
     """Run a model's attention through keysift: ``with attach(model, prefill=SPEC, decode=SPEC): model.generate(...)``.
 
@@ -162,16 +165,19 @@ def attach(
         seed: of the methods' random draws.
         kv_device: "gpu": keys and values are where the model is; "cpu": in host memory, whose rows the CPU attends to,
             but for sinks, window and layers that the method reads densely (arXiv:2410.16179).
-        host_memory: bytes that they may take there; None for what is free. A prompt that needs more is refused with a
-            MemoryError before it is read.
+        host_memory: bytes that they may take there; None for what is free. A prompt that needs more is refused with
+            a MemoryError before it is read.
+        select_device: where side data are kept and rows selected with kv_device="cpu": "gpu", where the model is;
+            "cpu"; or "auto": the first, which is faster, if it has the memory and the method needs no keys to select.
 
     Raises:
         ValueError: unknown method or option, or a model or cache kind that cannot be served correctly; says which.
     """
     check_seed(seed)
     one_of("kv_device", kv_device, KV_DEVICES)
-    HostMemory(host_memory)
-    link = Attachment(model, parse(prefill, "prefill"), parse(decode, "decode"), seed, kv_device, host_memory)
+    methods = parse(prefill, "prefill"), parse(decode, "decode")
+    HostTier(methods[1], HostMemory(host_memory), select_device)
+    link = Attachment(model, *methods, seed, kv_device, host_memory, select_device)
     modules = _attention_modules(model)
     _refuse_unsupported(model, modules)
     implementations = {id(m.config): (m, m.config._attn_implementation) for m in reversed(_submodels(model))}
@@ -215,6 +221,8 @@ def attention_function(
     store: Any = getattr(key, "_keysift_store", None)
     if store is not getattr(value, "_keysift_store", None):
         raise ValueError(f"{type(module).__name__} rearranges cached keys or values: this model is not supported")
+    if isinstance(store, HybridLayer):
+        return _hybrid_step(module, query.transpose(1, 2), store, link, attention_mask, scaling), None
     if isinstance(store, OffloadedStore):
         return _offloaded(module, query.transpose(1, 2), store, link, attention_mask, scaling), None
     if not isinstance(attention_mask, Mask):  # a mask of the user's or the model's own: exact, by torch SDPA
@@ -303,6 +311,16 @@ def _paged_step(module: nn.Module, q: Tensor, store: Store, link: Attachment | N
     return path.decode(q[:, 0], store, method, ctx, meter if store.slots.lengths_are_known else None)[0][:, None]
 
 
+def _hybrid_step(
+    module: nn.Module, q: Tensor, store: HybridLayer, link: Attachment | None, mask: Any, scaling: float | None
+) -> Tensor:
+    """A decode step over rows on the host, of one of several batches in flight."""
+    if link is None or not isinstance(mask, Mask) or mask.window is not None or q.shape[1] > 1:
+        raise ValueError(f"{type(module).__name__}: steps over host memory take one token, and no mask but our own")
+    scale, layer = q.shape[-1] ** -0.5 if scaling is None else scaling, getattr(module, "layer_idx", 0)
+    return store.attend(q[:, 0], link.decode, Ctx(layer, scale, torch.zeros(0), link.seed))[:, None]
+
+
 def _offloaded(
     module: nn.Module, q: Tensor, store: OffloadedStore, link: Attachment | None, mask: Any, scaling: float | None
 ) -> Tensor:
@@ -312,7 +330,7 @@ def _offloaded(
     scale, layer = q.shape[-1] ** -0.5 if scaling is None else scaling, getattr(module, "layer_idx", 0)
     store.pad(mask.start or [0] * len(q))
     if q.shape[1] == 1 < store.length and not link.reads_prompt:
-        store.drop_old(link.decode)
+        store.drop_old()
         ctx = Ctx(layer, scale, torch.zeros(0), link.seed)
         return path.decode_offloaded(q[:, 0], store, link.decode, ctx, link.meter)[:, None]
     kv = store.whole()
@@ -323,7 +341,7 @@ def _offloaded(
     method = DENSE if verifying or link.how == "dense" else link.prefill
     out = _prefill(q, kv, method, ctx, link.meter, mask)
     if not verifying:
-        store.end_prefill(q, link.decode, ctx)
+        store.end_prefill(q, ctx)
     return out.contiguous()
 
 
@@ -423,7 +441,8 @@ def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     link: Attachment = module.__dict__["_keysift"]
     ours, offloads = cache.__dict__.get("_keysift"), link.kv_device == "cpu"
     if ours is None or offloads and ours == "gpu":
-        adopt(cache, HostTier(link.decode, HostMemory(link.host_memory)) if offloads else None)
+        tier = HostTier(link.decode, HostMemory(link.host_memory), link.select_device)
+        adopt(cache, tier if offloads else None)
 
 
 def _noting_prompts(prefill: Any, link: Attachment) -> Callable[..., Any]:

@@ -83,8 +83,7 @@ class OffloadedLayer(KVLayer):
 
     def __init__(self, tier: HostTier, offloaded: int) -> None:
         super().__init__(tier, offloaded)
-        self.copier = tier.copier
-        self.offloaded = OffloadedStore(self.copier)
+        self.offloaded = OffloadedStore(tier)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -101,7 +100,9 @@ class OffloadedLayer(KVLayer):
         return self.offloaded.length + query_length, 0
 
     def reset(self) -> None:
-        self.offloaded = OffloadedStore(self.copier)
+        tier = self.offloaded.tier
+        tier.forget()
+        self.offloaded = OffloadedStore(tier)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -96,6 +96,10 @@ class KeepsNothing:
     def top_p(self) -> float | None:
         return None
 
+    @property
+    def reads_sides_alone(self) -> bool:
+        return False
+
     def covers(self, keys: int) -> bool:
         return keys <= 0
 

@@ -49,6 +49,7 @@ class Method(DecodeMethod):
     """MagicPIG: reads keys that share the query's code in at least two tables, weighted by 1 / probability."""
 
     paper: ClassVar[str] = "arXiv:2410.16179"
+    reads_sides_alone: ClassVar[bool] = True
 
     dense_layers: tuple[int, ...] = option((0, 16, 32, 48, 64), DENSE_LAYERS, low=0)
     K: int = option(10, "bits a table; 0 means dense", low=0, high=MAX_BITS)

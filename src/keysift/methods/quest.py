@@ -23,6 +23,7 @@ class Method(BudgetedDecode):
     """
 
     paper: ClassVar[str] = "arXiv:2406.10774"
+    reads_sides_alone: ClassVar[bool] = True
 
     dense_layers: tuple[int, ...] = option((0, 1), DENSE_LAYERS, low=0)
     page: int = option(16, "keys a page", choices=PAGES)

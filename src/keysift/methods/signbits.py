@@ -76,6 +76,7 @@ class Method(BudgetedDecode):
     """
 
     paper: ClassVar[str] = "arXiv:2410.16179"
+    reads_sides_alone: ClassVar[bool] = True
 
     bits: int | None = option(None, "bits a key; none: 256, but two to four a coordinate", choices=BITS)
     per: str = option("kv_head", "whose heads choose rows: all that share keys together, or each its own", choices=PER)

@@ -7,11 +7,12 @@ log-sum-exps (arXiv:2501.01005) in a fixed order, so that the number of threads 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from keysift.ops.cpu.library import DTYPES, Args, function, isa_of, load
+from keysift.ops.cpu.library import DTYPES, Args, function, isa_of, load, threads
 from keysift.types import KV, Law, Partial, Selection
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -83,16 +84,17 @@ def gather(
     Raises:
         ValueError: a row, count or page that does not exist, or an instruction set that this CPU lacks.
     """
-    log_w, given, mean, law = selection.log_w, None, None, None
-    if isinstance(log_w, Law):
-        mean, law = log_w.mean, log_w.table
-    else:
-        given = log_w
     around = None if middle is None else (kv.start, kv.length, middle.start, middle.length)
-    operands = (q_BHD, kv.k, kv.v, kv.table, selection.rows, selection.count, given, mean, law)
+    operands = (q_BHD, kv.k, kv.v, kv.table, selection.rows, selection.count, *_weights(selection))
     if torch.compiler.is_compiling():
         return Partial(*_gather_op(*operands, list(around or ()), scale, dtype, isa))
     return Partial(*_gather(*operands, around or (), scale, dtype, isa))
+
+
+def _weights(selection: Selection) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Log weights of rows, or a law's mean and table."""
+    log_w = selection.log_w
+    return (None, log_w.mean, log_w.table) if isinstance(log_w, Law) else (log_w, None, None)
 
 
 def short(
@@ -150,27 +152,71 @@ def _gather(
     isa: str,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _ = q.shape
-    q, k, v, rows = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(rows)
     out = torch.empty(batch, 1, heads, v.shape[3], dtype=dtype)
     lse = torch.empty(batch, 1, heads, dtype=torch.float32)
+    args, _held = _gather_args(q, k, v, table, rows, count, log_w, mean, law, around, scale, out, lse, isa)
+    function("gather", GatherArgs)(args)
+    return out, lse
+
+
+def _gather_args(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    rows: Tensor,
+    count: Tensor,
+    log_w: Tensor | None,
+    mean: Tensor | None,
+    law: Tensor | None,
+    around: Sequence[Tensor],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    isa: str,
+) -> tuple[GatherArgs, tuple[object, ...]]:
+    """The arguments of a call, and what has to stay alive for it."""
+    q, k, v, rows = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(rows)
     log_w = None if log_w is None else dense_rows(log_w.float())
     mean = None if mean is None else mean.float().contiguous()
     law = None if law is None else law.float().contiguous()
     bounds = [x.contiguous() for x in around]
-    function("gather", GatherArgs)(
-        GatherArgs(
-            _GATHER_BYTES, isa_of(isa), torch.get_num_threads(),
-            *key_values(q, heads, k, v, table),
-            rows.shape[1], rows.data_ptr(), count.data_ptr(), *rows.stride()[:2], *count.stride(), rows.shape[2],
-            *((None, 0, 0) if log_w is None else (log_w.data_ptr(), *log_w.stride()[:2])),
-            None if mean is None else mean.data_ptr(),
-            *((None, 0) if law is None else (law.data_ptr(), len(law))),
-            *((x.data_ptr() for x in bounds) if bounds else (None,) * 4),
-            out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], DTYPES[k.dtype], DTYPES[dtype],
-            rows.dtype == torch.int64, count.dtype == torch.int64, scale,
-        )
+    args = GatherArgs(
+        _GATHER_BYTES, isa_of(isa), threads(),
+        *key_values(q, q.shape[1], k, v, table),
+        rows.shape[1], rows.data_ptr(), count.data_ptr(), *rows.stride()[:2], *count.stride(), rows.shape[2],
+        *((None, 0, 0) if log_w is None else (log_w.data_ptr(), *log_w.stride()[:2])),
+        None if mean is None else mean.data_ptr(),
+        *((None, 0) if law is None else (law.data_ptr(), len(law))),
+        *((x.data_ptr() for x in bounds) if bounds else (None,) * 4),
+        out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], DTYPES[k.dtype], DTYPES[out.dtype],
+        rows.dtype == torch.int64, count.dtype == torch.int64, scale,
     )  # fmt: skip
-    return out, lse
+    return args, (q, k, v, table, rows, count, log_w, mean, law, bounds, out, lse)
+
+
+def repeated_gather(
+    q_BHD: Tensor, kv: KV, selection: Selection, scale: float, out: Tensor, lse: Tensor
+) -> Callable[[], None] | None:
+    """``gather`` over tensors that stay where they are, whatever is written to them: each call costs no more than the
+    kernel. None where the kernels do not take the case.
+
+    Args:
+        out, lse: what each call writes to, contiguous, in the shapes of a Partial.
+    """
+    if not takes(q_BHD, kv):
+        return None
+    weights = _weights(selection)
+    args, held = _gather_args(
+        q_BHD, kv.k, kv.v, kv.table, selection.rows, selection.count, *weights, (), scale, out, lse, "auto"
+    )
+    run = function("gather", GatherArgs)
+
+    def call() -> None:
+        run(args)
+
+    call.held = held  # type: ignore[attr-defined]
+    return call
 
 
 def _short(
@@ -190,7 +236,7 @@ def _short(
     lse = torch.empty(batch, tokens, heads, dtype=torch.float32)
     function("short", ShortArgs)(
         ShortArgs(
-            _SHORT_BYTES, isa_of(isa), torch.get_num_threads(),
+            _SHORT_BYTES, isa_of(isa), threads(),
             *key_values(q, heads, k, v, table),
             q.stride(2), tokens, start.data_ptr(), length.data_ptr(), out.data_ptr(), lse.data_ptr(),
             DTYPES[q.dtype], DTYPES[k.dtype], DTYPES[dtype], scale,

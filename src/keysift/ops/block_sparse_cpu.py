@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keysift.ops.attention_cpu import KEY_FIELDS, dense_rows, fields, key_values, takes
-from keysift.ops.cpu.library import DTYPES, Args, function, isa_of
+from keysift.ops.cpu.library import DTYPES, Args, function, isa_of, threads
 from keysift.types import KV, BlockMask
 
 
@@ -137,7 +137,7 @@ def _prefill(
         pointers, widths, blocks = [None] * 4, (0, 0), -(-hi // block) - first
     function("prefill", PrefillArgs)(
         PrefillArgs(
-            _BYTES, isa_of(isa), torch.get_num_threads(),
+            _BYTES, isa_of(isa), threads(),
             *key_values(q, heads, k, v, table),
             q.stride(2), tokens, keys, start.data_ptr(), *pointers, *widths, blocks, first, block, lo, hi,
             out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], DTYPES[k.dtype], DTYPES[q.dtype], scale,

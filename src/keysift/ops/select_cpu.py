@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keysift.ops.cpu.library import DTYPES, Args, function, isa_of
+from keysift.ops.cpu.library import DTYPES, Args, function, isa_of, threads
 from keysift.ops.select import count_of_rows
 from keysift.types import KV
 
@@ -51,7 +51,7 @@ def call(name: str, args: Args, isa: str = "auto") -> None:
     """Run an exported function on as many threads as torch has."""
     args.size = ctypes.sizeof(args)
     args.isa = isa_of(isa)
-    args.threads = torch.get_num_threads()
+    args.threads = threads()
     function(name, type(args))(args)
 
 

@@ -6,7 +6,9 @@ import ctypes
 import functools
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,6 +70,25 @@ class Library:
             text = self._c.ks_last_error().decode(errors="replace")
             error = {_BAD_ARGUMENT: ValueError, _NO_MEMORY: MemoryError}.get(status, RuntimeError)
             raise error(f"CPU kernels: {text}")
+
+
+_shared = threading.local()
+
+
+def threads() -> int:
+    """Threads that a kernel may use: torch's, less those that callers beside this one keep busy."""
+    return max(1, torch.get_num_threads() - getattr(_shared, "others", 0))
+
+
+@contextmanager
+def beside(others: int) -> Iterator[None]:
+    """Within it this thread leaves a core to each of so many others that call kernels at the same time: with more
+    threads at work than cores a kernel would wait for one that has lost its core."""
+    before, _shared.others = getattr(_shared, "others", 0), others
+    try:
+        yield
+    finally:
+        _shared.others = before
 
 
 def isa_number(name: str, library: Library) -> int:

@@ -6,6 +6,8 @@ namespace ks {
 namespace KS_ISA {
 namespace {
 
+constexpr int AHEAD = 2;  // tiles whose rows are on their way
+
 // Row numbers of a tile from position j on, and where they lie.
 inline __attribute__((always_inline)) bool find_rows(const GatherTask& task, int64_t j, Rows* rows) {
   bool exist = true;
@@ -114,13 +116,16 @@ bool share(const GatherTask& task) {
   }
   begin(task.partial, count, queries.v_dim);
 
-  Rows tiles[2];
-  bool exist = find_rows(task, task.from, &tiles[0]);
-  for (int64_t j = task.from, turn = 0; j < task.to; j += TILE, turn ^= 1) {
+  Rows tiles[AHEAD + 1];
+  bool exist = true;
+  for (int i = 0; i < AHEAD && task.from + i * TILE < task.to; i++) {
+    exist &= find_rows(task, task.from + i * TILE, &tiles[i]);
+  }
+  for (int64_t j = task.from, turn = 0; j < task.to; j += TILE, turn = (turn + 1) % (AHEAD + 1)) {
     const Rows& rows = tiles[turn];
-    Rows& next = tiles[turn ^ 1];
+    Rows& next = tiles[(turn + AHEAD) % (AHEAD + 1)];
     next.n = 0;
-    if (j + TILE < task.to) exist &= find_rows(task, j + TILE, &next);
+    if (j + AHEAD * TILE < task.to) exist &= find_rows(task, j + AHEAD * TILE, &next);
     dots<Dot, T>(q, count, rows, dim, z, Ahead::of(next.k, next.n, dim * sizeof(T)));
 
     float per_norm[TILE] = {}, weight[TILE];

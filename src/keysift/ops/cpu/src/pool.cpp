@@ -17,7 +17,8 @@ namespace ks {
 namespace {
 
 constexpr int MOST_WORKERS = 255;
-constexpr auto SPIN = std::chrono::microseconds(20);  // about what a wake-up costs
+constexpr auto SPIN = std::chrono::microseconds(20);    // about what a wake-up costs
+constexpr auto LINGER = std::chrono::microseconds(300);  // a layer's next step, or another's, comes this soon
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -27,17 +28,29 @@ inline void relax() {
 #endif
 }
 
-// Spins for a few microseconds; true as soon as `done` holds.
+// Waits without going to sleep, after a few microseconds in favour of whoever else wants the core; true as soon as
+// `done` holds.
 template <class Done>
 bool spin_until(Done&& done) {
-  const auto end = std::chrono::steady_clock::now() + SPIN;
-  do {
+  const auto begin = std::chrono::steady_clock::now();
+  for (auto now = begin; now < begin + LINGER; now = std::chrono::steady_clock::now()) {
     for (int i = 0; i < 64; i++) {
       if (done()) return true;
       relax();
     }
-  } while (std::chrono::steady_clock::now() < end);
+    if (now > begin + SPIN) std::this_thread::yield();
+  }
   return false;
+}
+
+// Takes a lock that is held for some dozens of nanoseconds at a time. Workers that saw a job at the same moment would
+// put each other to sleep in turn if they asked the system for it.
+void take(std::unique_lock<std::mutex>& lock) {
+  for (int i = 0; i < 1000; i++) {
+    if (lock.try_lock()) return;
+    relax();
+  }
+  lock.lock();
 }
 
 // A fault that a test asked for: the task of that index fails, in the next job of the thread.
@@ -85,16 +98,16 @@ class Pool {
  public:
   void run(Job& job) {
     const int wanted = job.helpers;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      grow(wanted);
-      job.next = jobs_;
-      jobs_ = &job;
-      generation_.fetch_add(1, std::memory_order_relaxed);
-    }
+    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+    take(lock);
+    grow(wanted);
+    job.next = jobs_;
+    jobs_ = &job;
+    generation_.fetch_add(1, std::memory_order_relaxed);
+    lock.unlock();
     for (int i = 0; i < wanted; i++) wake_.notify_one();
     job.work();
-    std::unique_lock<std::mutex> lock(mutex_);
+    take(lock);
     remove(job);  // nobody joins from here on
     if (job.inside == 0) return;
     job.closed = true;
@@ -143,7 +156,7 @@ class Pool {
         const int64_t seen = generation_.load(std::memory_order_relaxed);
         lock.unlock();
         spin_until([&] { return generation_.load(std::memory_order_relaxed) != seen; });
-        lock.lock();
+        take(lock);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
         continue;
       }
@@ -151,7 +164,7 @@ class Pool {
       job->inside++;
       lock.unlock();
       job->work();
-      lock.lock();
+      take(lock);
       if (--job->inside == 0 && job->closed) {
         job->left.store(true, std::memory_order_release);
         gone_.notify_all();

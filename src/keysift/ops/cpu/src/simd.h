@@ -341,7 +341,8 @@ KS_INLINE void store2(float* to, f32v first, f32v second, const bf16_t*) {
   }
 }
 
-KS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second cache, which has room for more that is on its way than the first.
+KS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace KS_ISA
 }  // namespace ks
