@@ -1,11 +1,19 @@
 """A cache in host memory gives what the cache on the model's device gives, and says no before it overflows."""
 
+import gc
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import keysift
+import keysift.attention
+from keysift.cache import Store
 from keysift.offload import HOST, NEWEST, Copier, HostMemory, OffloadedStore
+from keysift.ops.cpu.library import load
+from tests.cpu.test_library import fail_next
 from tests.devices import CUDA
 from tests.tiny_models import prompt, tiny
 
@@ -182,3 +190,83 @@ def test_copies_arrive_whole_however_large(monkeypatch):
     copier.wait()
     for x, y in zip(tensors, copies, strict=True):
         assert y.device == HOST and torch.equal(x.cpu(), y)
+
+
+class Tracked:
+    """How many stores there are."""
+
+    def __init__(self, monkeypatch):
+        self.alive = weakref.WeakSet()
+        make = Store.__init__
+
+        def noting(store, *args):
+            make(store, *args)
+            self.alive.add(store)
+
+        monkeypatch.setattr(Store, "__init__", noting)
+
+    def __len__(self):
+        gc.collect()
+        return len(self.alive)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_a_prompt_that_runs_out_of_memory_midway_leaves_nothing_and_harms_nobody(where, monkeypatch):
+    model, inputs, spec = tiny("llama-llama3-rope-gqa"), prompt(90, RAGGED), SPECS[4]
+    stores, prefill = Tracked(monkeypatch), keysift.attention.prefill
+    others = [keysift.KVCache(model.config) for _ in range(2)]
+    some = {"max_new_tokens": 12, "min_new_tokens": 12}
+
+    def full(q, kv, method, ctx, *args, **options):
+        if ctx.layer == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(q, kv, method, ctx, *args, **options)
+
+    with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
+        expected = generate(model, inputs)
+        half = [generate(model, inputs, past_key_values=other, **some) for other in others][0]
+        rest = {"input_ids": half, "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(3, 12).long()], 1)}
+        undisturbed = generate(model, rest, past_key_values=others[0], **some)
+        before = len(stores)
+        with monkeypatch.context() as patch:
+            patch.setattr("keysift.attention.prefill", full)
+            with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+                generate(model, inputs)
+        assert len(stores) == before  # of the cache that was being made nothing is left
+        assert torch.equal(generate(model, rest, past_key_values=others[1], **some), undisturbed)
+        assert torch.equal(generate(model, inputs), expected)
+
+
+@pytest.mark.skipif(load() is None, reason="the CPU kernels were not built")
+@pytest.mark.parametrize(("kind", "error"), [(1, MemoryError), (2, RuntimeError), (3, MemoryError)])
+def test_a_fault_in_a_worker_ends_one_request_with_one_error(kind, error):
+    model, inputs, spec = tiny("llama-llama3-rope-gqa"), prompt(90, RAGGED), SPECS[4]
+    with keysift.attach(model, decode=spec, kv_device="cpu"):
+        expected = generate(model, inputs)
+        cache = keysift.KVCache(model.config)
+        generate(model, inputs, past_key_values=cache, max_new_tokens=2, min_new_tokens=2)
+        step = {"input_ids": expected[:, 91:92], "past_key_values": cache}
+        fail_next(kind)
+        with pytest.raises(error, match="CPU kernels: "):
+            model(**step)
+        assert torch.equal(generate(model, inputs), expected)
+
+
+@pytest.mark.soak
+def test_memory_stays_as_it_is_over_two_thousand_requests():
+    """Prompts of changing lengths and methods, each with a cache of its own; some fail midway."""
+    model = tiny("llama-llama3-rope-gqa")
+    sizes = []
+    for request in range(2000):
+        where, spec = SELECT[request % len(SELECT)]
+        inputs = prompt(40 + request * 7 % 90, (0, 9))
+        with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
+            if request % 10 == 3:
+                with pytest.raises(ValueError, match="max_new_tokens"):
+                    generate(model, inputs, max_new_tokens=-1)
+            else:
+                generate(model, inputs, max_new_tokens=3, min_new_tokens=3)
+        if request % 100 == 99:
+            gc.collect()
+            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+    assert max(sizes[-5:]) - max(sizes[4:8]) < 8, sizes  # MiB, once everything has been used

@@ -144,7 +144,7 @@ def first_token(
     shape: Annotated[
         str | None,
         option(
-            metavar="NAME", show_default="llama-8b, on a CPU tiny", help="Random weights: llama-8b, llama-1b, tiny."
+            metavar="NAME", show_default="llama-8b, on a CPU tiny", help=f"Random weights: {', '.join(ttft.SHAPES)}."
         ),
     ] = None,
     model: Annotated[str | None, option(metavar="PATH", help="A model with its weights, instead of --shape.")] = None,

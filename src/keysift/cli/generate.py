@@ -22,6 +22,7 @@ from keysift.cli.prompt import new_tokens_allowed, read_prompt
 from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
 from keysift.hf.attach import KV_DEVICES
 from keysift.methods import parse
+from keysift.offload import SELECT_DEVICES
 from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
@@ -59,6 +60,9 @@ def command(
     host_memory: Annotated[
         float | None, option(metavar="GIB", show_default="what is free", help="What they may take there.")
     ] = None,
+    select_device: Annotated[
+        str, option(metavar="D", help="Where rows of host memory are selected: gpu, cpu or auto.")
+    ] = "auto",
     prefill_chunk: Annotated[int | None, option(metavar="N", help="Read the prompt N tokens at a time.")] = None,
     as_json: Annotated[bool, option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
@@ -69,6 +73,7 @@ def command(
     check_range("max_new_tokens", max_new_tokens, 1)
     check_range("prefill_chunk", prefill_chunk, 1)
     one_of("kv_device", kv_device, KV_DEVICES)
+    one_of("select_device", select_device, SELECT_DEVICES)
     if host_memory is not None and not 0 < host_memory < math.inf:
         raise ValueError(f"host_memory={host_memory}: choose more than 0, in GiB")
     text = read_prompt(prompt, prompt_file, dash)
@@ -87,7 +92,8 @@ def command(
     }
     torch.manual_seed(seed)
     limit = None if host_memory is None else max(1, int(host_memory * 2**30))
-    with keysift.attach(lm, **methods, seed=seed, kv_device=kv_device, host_memory=limit) as attachment:
+    where_kv: dict[str, Any] = {"kv_device": kv_device, "host_memory": limit, "select_device": select_device}
+    with keysift.attach(lm, **methods, seed=seed, **where_kv) as attachment:
         out = run(lm, tokenizer, arguments, attachment, console, no_text if as_json else write)
     if as_json:
         print(json.dumps(out._asdict()))

@@ -9,11 +9,13 @@ choose for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from keysift.ops import attention_cpu
 from keysift.ops.dense import keys_values
 from keysift.ops.lists import block_lists, on_gpu
 from keysift.ops.vertical_slash import block_sum
@@ -36,6 +38,9 @@ ROW_SLACK = 0.05  # a row of blocks may be covered by so much less than gamma, w
 FIRST_OF_NONE = 1e-30  # of blocks without mass the latest come first
 COARSE_BITS = 16  # a row's own cutoff is rounded down to so many bits less than a float has
 CALIBRATING_ROWS = 256  # strips are passed over where more rows or halves of strips than these would be held out
+
+
+RowMass = Callable[[Tensor, Tensor, float, "Sampling", Tensor], Tensor]
 
 
 class Sampling(NamedTuple):
@@ -191,12 +196,13 @@ def flex_search(
         least, most: bounds on the blocks that a row of blocks reads; the diagonal block is always among them.
         block: tokens a block.
         rows: query rows to look at, about, by default ``ROWS``; fewer with more than 32K keys.
-        backend: "triton", "reference", or "auto": Triton where it is installed and takes the case.
+        backend: "triton", "cpu", "reference", or "auto": Triton where it is installed and takes the case, on a CPU its
+            kernel where that was built.
 
     Raises:
         ValueError: no such backend.
     """
-    one_of("backend", backend, ("auto", "triton", "reference"))
+    one_of("backend", backend, ("auto", "triton", "cpu", "reference"))
     sampling = Sampling.of(q_BTHD.shape[1], _keys(kv), block, rows)
     if backend == "triton" or backend == "auto" and _triton_takes(q_BTHD):
         from keysift.ops.flex_search_triton import search
@@ -204,18 +210,20 @@ def flex_search(
         with torch.cuda.device_of(q_BTHD):  # kernels start on the current device
             mass, last, threshold = search(q_BTHD, kv, scale, gamma, sampling)
         return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "triton")
-    mass, last, threshold = flex_search_reference(q_BTHD, kv, scale, gamma, sampling)
+    by_kernel = backend == "cpu" or backend == "auto" and attention_cpu.takes(q_BTHD, kv)
+    of_rows = _row_mass_cpu if by_kernel else row_mass_reference
+    mass, last, threshold = flex_search_reference(q_BTHD, kv, scale, gamma, sampling, of_rows)
     return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "reference")
 
 
 def flex_search_reference(
-    q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Sampling
+    q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Sampling, row_mass: RowMass | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mass by strip and key block, that of the last rows, and each head's threshold, in fp32 (see ``FlexPlan``)."""
-    k = keys_values(kv)[0]
-    rows = _row_mass(q_BTHD, k, scale, sampling, sampling.positions(k.device))
+    k, row_mass = keys_values(kv)[0], row_mass or row_mass_reference
+    rows = row_mass(q_BTHD, k, scale, sampling, sampling.positions(k.device))
     tail = torch.arange(sampling.keys - sampling.tail, sampling.keys, device=k.device)
-    last = _row_mass(q_BTHD, k, scale, sampling, tail[:, None]).amax((2, 3))
+    last = row_mass(q_BTHD, k, scale, sampling, tail[:, None]).amax((2, 3))
     mass, striking = rows.mean(3), last >= sampling.striking
     picked = torch.arange(0, mass.shape[2], sampling.stride, device=mass.device)
     at = sampling.row_blocks(mass.device)[picked]
@@ -236,7 +244,14 @@ def flex_search_reference(
     return mass, last, torch.minimum(*thresholds)
 
 
-def _row_mass(q_BTHD: Tensor, k_BNKD: Tensor, scale: float, sampling: Sampling, position: Tensor) -> Tensor:
+def _row_mass_cpu(q_BTHD: Tensor, k_BNKD: Tensor, scale: float, sampling: Sampling, position: Tensor) -> Tensor:
+    from keysift.ops import flex_search_cpu
+
+    mass = flex_search_cpu.row_mass(q_BTHD, k_BNKD, scale, sampling.block, position.flatten())
+    return mass.unflatten(2, position.shape)
+
+
+def row_mass_reference(q_BTHD: Tensor, k_BNKD: Tensor, scale: float, sampling: Sampling, position: Tensor) -> Tensor:
     """Exact share of attention by key block of the rows at ``position`` (``[S, per]``), ``[B, H, S, per, C]``."""
     batch, heads = q_BTHD.shape[0], q_BTHD.shape[2]
     mass = k_BNKD.new_zeros(batch, heads, position.numel(), sampling.blocks, dtype=torch.float32)

@@ -79,8 +79,57 @@ void run(const ks_prefill_args& a, const PrefillKernels& kernels) {
   require(exist.load(), "a key block of the mask, or a page of the table, does not exist");
 }
 
+constexpr int64_t TOGETHER = 48;  // queries of a task: the packing of keys is shared by so many
+
+void row_mass(const ks_row_mass_args& a, const PrefillKernels& kernels) {
+  check_keys(a);
+  require(a.block >= 1 && 0 <= a.tokens && a.tokens <= a.keys, "queries are the last of a sequence's positions");
+  for (int64_t i = 0; i < a.rows; i++) {
+    require(a.keys - a.tokens <= a.position[i] && a.position[i] < a.keys, "a position without a query");
+    require(i == 0 || a.position[i - 1] <= a.position[i], "positions have to ascend");
+  }
+  for (int64_t b = 0; b < a.batch; b++) {
+    require(a.start[b] >= 0 && a.start[b] + a.keys <= a.capacity, "a view reaches past the rows that there are");
+  }
+  const int64_t group = a.heads / a.kv_heads, per = TOGETHER / group < 1 ? 1 : TOGETHER / group;
+  const int64_t parts = (a.rows + per - 1) / per, lists = a.batch * a.kv_heads;
+  const int64_t blocks = (a.keys + a.block - 1) / a.block;
+  std::atomic<bool> exist{true};
+  parallel_for(group ? parts * lists : 0, a.threads, [&](int64_t item) {
+    const int64_t part = parts - 1 - item / lists, b = item % lists / a.kv_heads, head = item % a.kv_heads * group;
+    const int64_t from = part * per, rows = from + per < a.rows ? per : a.rows - from;
+    MassTask task = {};
+    task.reach = reach_of(a, b, head / group);
+    task.queries = {element(a.q, a.q_dtype, b * a.q_stride0 + head * a.q_stride2),
+                    a.q_stride1,
+                    a.q_dtype,
+                    a.kv_dtype,
+                    rows * group,
+                    a.dim,
+                    a.dim,
+                    a.scale};
+    task.head_stride = a.q_stride2;
+    task.position = a.position + from;
+    task.rows = rows;
+    task.group = group;
+    task.first = a.keys - a.tokens;
+    task.start = a.start[b];
+    task.block = a.block;
+    task.mass = a.mass + ((b * a.heads + head) * a.rows + from) * blocks;
+    task.row_stride = blocks;
+    task.mass_heads = a.rows * blocks;
+    task.memory = scratch(1, prefill_bytes(rows * group, a.dim, a.dim));
+    if (!kernels.mass(task)) exist.store(false, std::memory_order_relaxed);
+  });
+  require(exist.load(), "a page of the table does not exist");
+}
+
 }  // namespace
 }  // namespace ks
+
+extern "C" KS_EXPORT int ks_row_mass(const ks_row_mass_args* args) {
+  return ks::guarded(args, [&](ks::Isa isa) { ks::row_mass(*args, KS_TABLE(ks::prefill, isa)); });
+}
 
 extern "C" KS_EXPORT int ks_prefill(const ks_prefill_args* args) {
   return ks::guarded(args, [&](ks::Isa isa) { ks::run(*args, KS_TABLE(ks::prefill, isa)); });

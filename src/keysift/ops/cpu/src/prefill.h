@@ -23,6 +23,22 @@ struct ks_prefill_args {
   float scale;
 };
 
+struct ks_row_mass_args {
+  KS_ARGS_HEAD
+  const void *q, *k, *v;  // as above; v is not read
+  int64_t q_stride0, q_stride1;
+  int64_t k_stride0, k_stride1, k_stride2, v_stride0, v_stride1, v_stride2;
+  const int32_t* table;
+  int64_t table_stride, page, pages, capacity;
+  int64_t batch, heads, kv_heads, dim, v_dim;
+  int64_t q_stride2, tokens, keys;
+  const int64_t *start, *position;  // row of position 0, [B]; ascending positions of queries, [rows]
+  int64_t rows, block;
+  float* mass;  // [B, H, rows, ceil(keys / block)] contiguous, zeros
+  int32_t q_dtype, kv_dtype, out_dtype;
+  float scale;
+};
+
 namespace ks {
 
 constexpr int64_t KEY_TILE = 64;
@@ -47,8 +63,22 @@ inline int64_t prefill_bytes(int64_t count, int64_t dim, int64_t v_dim) {
   return 4 * (rows * (d + 2 * KEY_TILE + e + 3) + KEY_TILE * (2 * d + e)) + 16 * 64;
 }
 
+// Some rows of all heads of a group: what share of its attention each gives to each block of keys.
+struct MassTask {
+  Reach reach;
+  Queries queries;          // of the rows' heads: query i of head g is queries.q + i * stride + g * head_stride
+  int64_t head_stride;      // in elements
+  const int64_t* position;  // of the rows
+  int64_t rows, group, first;  // first: position of queries.q
+  int64_t start, block;
+  float* mass;                     // of the first row and head
+  int64_t row_stride, mass_heads;  // between rows, and between heads
+  void* memory;                    // of prefill_bytes(rows * group, dim, dim)
+};
+
 struct PrefillKernels {
   bool (*run)(const PrefillTask&);  // false: a key block or a page that does not exist
+  bool (*mass)(const MassTask&);
 };
 KS_DECLARE_TABLES(PrefillKernels, prefill)
 

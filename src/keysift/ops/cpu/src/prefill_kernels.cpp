@@ -203,6 +203,91 @@ KS_INLINE float* take(char** memory, int64_t floats) {
   return at;
 }
 
+// ---- shares of blocks
+
+// Turns log-sum-exps of blocks into shares of their sum.
+KS_INLINE void shares(float* row, int64_t blocks) {
+  float top = -__builtin_inff(), total = 0;
+  for (int64_t c = 0; c < blocks; c++) top = row[c] > top ? row[c] : top;
+  for (int64_t c = 0; c < blocks; c += W) {
+    const int64_t n = least(W, blocks - c);
+    float part[W];
+    for (int64_t i = 0; i < W; i++) part[i] = i < n ? row[c + i] - top : -__builtin_inff();
+    const f32v weight = exp(load(part));
+    total += sum(weight);
+    store(part, weight);
+    std::memcpy(row + c, part, size_t(n) * 4);
+  }
+  for (int64_t c = 0; c < blocks; c++) row[c] /= total;
+}
+
+template <class Op, class Dot, class T>
+bool mass(const MassTask& task) {
+  const Queries& queries = task.queries;
+  const int64_t used = task.rows * task.group, count = ceil_to(used, HEIGHT), dim = padded(queries.dim),
+                depth = dim / Op::PER;
+  char* left = (char*)task.memory;
+  Memory memory = {};
+  memory.q = take(&left, count * depth);
+  memory.z = take(&left, count * N);
+  memory.top = take(&left, count);
+  memory.total = take(&left, count);
+  memory.rows = take(&left, N * depth);
+  memory.k = take(&left, N * depth);
+  std::memset(memory.q, 0, size_t(count * depth) * 4);
+  for (int64_t m = 0; m < used; m++) {
+    const int64_t row = m / task.group, head = m % task.group;
+    const int64_t at = (task.position[row] - task.first) * queries.stride + head * task.head_stride;
+    pack_query<Dot>(queries.q, queries.dtype, at, queries.dim, (typename Dot::Packed*)(memory.q + m * depth));
+  }
+  bool exist = true;
+  const int64_t keys = task.position[task.rows - 1] + 1, blocks = (keys + task.block - 1) / task.block;
+  for (int64_t c = 0; c < blocks; c++) {
+    const int64_t last = least((c + 1) * task.block, keys);
+    for (int64_t m = 0; m < used; m++) memory.top[m] = -__builtin_inff(), memory.total[m] = 0;
+    for (int64_t key = c * task.block; key < last; key += N) {
+      const int64_t n = least(N, last - key);
+      const char *k[N], *v;
+      for (int64_t i = 0; i < n; i++) exist &= locate(task.reach, task.start + key + i, &k[i], &v);
+      pack_keys<Op, T>(k, n, queries.dim, memory);
+      for (int64_t j = 0; j < N; j += PANEL) {
+        for (int64_t m = 0; m < count; m += HEIGHT) {
+          product<Op>(memory.q + m * depth, depth, memory.k + j * depth, depth, memory.z + m * N + j, N, nullptr);
+        }
+      }
+      for (int64_t m = 0; m < used; m++) {
+        const int64_t seen = least(n, task.position[m / task.group] + 1 - key);
+        rescale(memory.z + m * N, n, queries.scale, nullptr);
+        soften<N>(memory.z + m * N, seen, memory.top + m, memory.total + m);
+      }
+    }
+    for (int64_t m = 0; m < used; m++) {
+      float* to = task.mass + m / task.group * task.row_stride + m % task.group * task.mass_heads + c;
+      *to = memory.total[m] == 0 ? -__builtin_inff() : memory.top[m] + __builtin_logf(memory.total[m]);
+    }
+  }
+  for (int64_t m = 0; m < used; m++) {
+    shares(task.mass + m / task.group * task.row_stride + m % task.group * task.mass_heads, blocks);
+  }
+  return exist;
+}
+
+bool any_mass(const MassTask& task) {
+  switch (task.queries.kv_dtype) {
+    case FP32:
+      return mass<Wide, WideDot<float>, float>(task);
+    case FP16:
+      return mass<Wide, WideDot<fp16_t>, fp16_t>(task);
+    default:
+#ifdef KS_ISA_AVX512_BF16
+      if (task.queries.dtype == BF16) return mass<Pairs, Bf16Dot, bf16_t>(task);
+#endif
+      return mass<Wide, WideDot<bf16_t>, bf16_t>(task);
+  }
+}
+
+// ---- a query block
+
 template <class Op, class Dot, class T>
 bool run(const PrefillTask& task) {
   const Queries& queries = task.queries;
@@ -263,6 +348,6 @@ bool any_run(const PrefillTask& task) {
 }  // namespace
 }  // namespace KS_ISA
 
-KS_DEFINE_TABLE(PrefillKernels, prefill) = {KS_ISA::any_run};
+KS_DEFINE_TABLE(PrefillKernels, prefill) = {KS_ISA::any_run, KS_ISA::any_mass};
 
 }  // namespace ks
