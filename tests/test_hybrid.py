@@ -46,6 +46,32 @@ def test_tokens_are_those_of_generate(where, spec):
             steps.take_back(STEPS + 1)
 
 
+@pytest.mark.parametrize(("where", "spec"), [SELECT[0], SELECT[5], *SELECT[-4:]])
+def test_caches_are_given_back_with_what_they_have_become(where, spec):
+    model = tiny("llama-llama3-rope-gqa")
+    with torch.inference_mode(), keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
+        batches, expected = halves(model, spec)
+        found = [[first for _, first in batches]]
+        for count in (5, 3, STEPS - 8):
+            steps = HybridSteps(model, batches, room=STEPS)
+            with pytest.raises(ValueError, match="belongs to HybridSteps: close"):
+                model(found[-1][0][:, -1:], past_key_values=batches[0][0])
+            with pytest.raises(ValueError, match="belongs to other HybridSteps"):
+                HybridSteps(model, batches, room=STEPS)
+            steps.run(count)
+            found.append([tokens.clone() for tokens in steps.tokens])
+            steps.close()
+            steps.close()
+            batches = [(cache, tokens[:, -1:]) for (cache, _), tokens in zip(batches, found[-1], strict=True)]
+        for batch, wanted in enumerate(expected):
+            assert torch.equal(torch.cat([tokens[batch] for tokens in found], 1), wanted)
+        assert (
+            len({id(layer.offloaded.host.slots) for layer in batches[0][0].layers if hasattr(layer, "offloaded")}) > 1
+        )
+        last = model(batches[0][1], past_key_values=batches[0][0]).logits
+        assert last.isfinite().all() and batches[0][0].get_seq_length() == 90 + STEPS + 1
+
+
 @pytest.mark.skipif(load() is None, reason="the CPU kernels were not built")
 def test_a_fault_in_one_batch_is_told_and_ends_the_steps(monkeypatch):
     model, spec = tiny("llama-llama3-rope-gqa"), "signbits:keep=0.3,window=8,dense_below=0"
@@ -61,7 +87,7 @@ def test_a_fault_in_one_batch_is_told_and_ends_the_steps(monkeypatch):
             patch.setattr("keysift.hf.hybrid.attend_on_host", broken)
             with pytest.raises(MemoryError, match="no room for a layer"):
                 steps.run(2)
-        with pytest.raises(RuntimeError, match="an earlier step failed"):
+        with pytest.raises(RuntimeError, match="closed, or failed and left rows half written"):
             steps.run(1)
         batches, expected = halves(model, spec)  # others are none the worse for it
         steps = HybridSteps(model, batches, room=STEPS)
@@ -79,6 +105,15 @@ def test_caches_that_it_cannot_step_are_refused():
             HybridSteps(model, [(keysift.KVCache(model.config), one)], room=3)
         with pytest.raises(ValueError, match="room=0: choose 1 or more steps"):
             HybridSteps(model, [(keysift.KVCache(model.config), one)], room=0)
+    with torch.inference_mode():
+        cache, there = keysift.KVCache(model.config), prompt(90, (0,))
+        with keysift.attach(model, decode="signbits"):
+            model(**there, past_key_values=cache)
+        with (
+            keysift.attach(model, decode="signbits", kv_device="cpu"),
+            pytest.raises(ValueError, match="a cache that was filled with kv_device=cpu"),
+        ):
+            HybridSteps(model, [(cache, one)], room=3)
     windows = tiny("gemma3")
     with torch.inference_mode(), keysift.attach(windows, decode="signbits", kv_device="cpu"):
         cache = keysift.KVCache(windows.config)

@@ -81,11 +81,63 @@ def test_side_data_on_the_device_are_those_beside_the_rows_and_take_no_memory_fo
 
 def test_a_method_that_ranks_keys_selects_where_they_are():
     model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, (0,))
-    with (
-        keysift.attach(model, decode=SPECS[6], kv_device="cpu", select_device="gpu"),
-        pytest.raises(ValueError, match="select_device=gpu: this method selects by keys, which are on the host"),
-    ):
+    for spec in ("dense", *SPECS[5:]):
+        with pytest.raises(ValueError, match="select_device=gpu: this method does not select by side data alone"):
+            keysift.attach(model, decode=spec, kv_device="cpu", select_device="gpu")
+    with keysift.attach(model, decode=SPECS[6], kv_device="cpu"):
         generate(model, inputs)
+
+
+def test_a_cache_is_not_read_by_a_method_that_it_was_not_filled_for():
+    model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, (0,))
+    cache = keysift.KVCache(model.config)
+    with keysift.attach(model, decode=SPECS[4], kv_device="cpu", select_device="gpu"):
+        ids = generate(model, inputs, past_key_values=cache)
+    step = {"input_ids": ids[:, -1:], "past_key_values": cache}
+    for other in (SPECS[2], SPECS[4].replace("window=8", "window=40")):
+        with (
+            keysift.attach(model, decode=other, kv_device="cpu"),
+            pytest.raises(ValueError, match="this cache was filled for another decode method"),
+        ):
+            model(**step)
+    with keysift.attach(model, decode=SPECS[4], kv_device="cpu", seed=7):  # its codes are made anew, on the host
+        model(**step)
+    assert all(layer.offloaded.side is None for layer in cache.layers)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_tokens_that_were_verified_leave_pages_whole(where):
+    """Several tokens at once, some of them taken back, and pages as long as what the device still holds."""
+    model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, (0,))
+    spec = BY_SIDES[-1]
+
+    def verified():
+        cache = DynamicCache(config=model.config)
+        ids = generate(model, inputs, past_key_values=cache)
+        for count in (13, 16, 9):
+            more = ids[:, 5 : 5 + count]
+            model(more, past_key_values=cache)
+            cache.crop(-(count - 2))
+        return torch.stack([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(6)])
+
+    with torch.inference_mode():
+        with keysift.attach(model, decode=spec):
+            expected = verified()
+        with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
+            assert torch.allclose(verified(), expected, atol=1e-4)
+
+
+def test_caches_share_what_host_memory_they_may_take():
+    memory = HostMemory(1000)
+    memory.admit(600)
+    with pytest.raises(MemoryError, match="host memory"):
+        memory.admit(600)
+    memory.give_back(600)
+    memory.admit(900)
+
+
+def test_where_rows_are_selected_is_one_of_three():
+    model = tiny("llama-llama3-rope-gqa")
     with pytest.raises(ValueError, match="select_device=here: choose auto, gpu or cpu"):
         keysift.attach(model, kv_device="cpu", select_device="here")
 
@@ -224,7 +276,7 @@ def test_a_prompt_that_runs_out_of_memory_midway_leaves_nothing_and_harms_nobody
 
     with keysift.attach(model, decode=spec, kv_device="cpu", select_device=where):
         expected = generate(model, inputs)
-        half = [generate(model, inputs, past_key_values=other, **some) for other in others][0]
+        half, _ = (generate(model, inputs, past_key_values=other, **some) for other in others)
         rest = {"input_ids": half, "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(3, 12).long()], 1)}
         undisturbed = generate(model, rest, past_key_values=others[0], **some)
         before = len(stores)

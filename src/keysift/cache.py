@@ -165,6 +165,12 @@ class Store:
         self.slots = slots
         slots.stores.append(self)
 
+    def leave(self) -> None:
+        """Have slots of its own again."""
+        shared, _, _ = self._made()
+        self.slots = shared.copied(shared.device)
+        self.slots.stores.append(self)
+
     # ---- the method's side data -------------------------------------------------------------------------------------
 
     def end_prefill(self, q_BTHD: Tensor, tail: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from keysift.cache import Store, rows_with_room
 from keysift.ops.cpu.memory import in_large_pages
 from keysift.slots import Slots, ordinary_tensors
-from keysift.types import KV, Ctx, Decode, one_of
+from keysift.types import KV, Ctx, Decode, Side, one_of
 
 HOST = torch.device("cpu")
 SELECT_DEVICES = ("auto", "gpu", "cpu")
@@ -44,16 +44,23 @@ class HostMemory:
         if limit is not None and limit < 1:
             raise ValueError(f"host memory of {limit} bytes: choose 1 or more")
         self.limit = limit
+        self._admitted = 0
 
     def admit(self, needed: int) -> None:
         """Raise MemoryError, in one line that says what would help, where a cache of so many bytes has no room."""
         free = int(SPARE * free_bytes()) if self.limit is None else self.limit
-        if needed > free:
+        if needed + self._admitted > free:
             raise MemoryError(
                 f"kv_device=cpu: keys, values and side data of this prompt need {needed / 2**30:.2f} GiB of host"
                 f" memory, and {free / 2**30:.2f} GiB may be used: shorten the prompt, make the batch smaller, or raise"
                 " the limit"
             )
+        if self.limit is not None:  # what is free tells by itself what was admitted before
+            self._admitted += needed
+
+    def give_back(self, admitted: int) -> None:
+        """Note that a cache of so many bytes is gone."""
+        self._admitted = max(0, self._admitted - admitted)
 
 
 def free_bytes() -> int:
@@ -232,6 +239,10 @@ class Mailbox:
             torch.cuda.cudart().cudaHostUnregister(x.data_ptr())
 
 
+def _by_sides_alone(method: Decode) -> bool:
+    return method.reads_sides_alone and method.top_p is None
+
+
 class HostTier:
     """What the layers of one cache share: who selects from the rows on the host, how they get there, what fits.
 
@@ -245,10 +256,12 @@ class HostTier:
 
     def __init__(self, method: Decode, memory: HostMemory | None = None, select_device: str = "auto") -> None:
         one_of("select_device", select_device, SELECT_DEVICES)
+        if select_device == "gpu" and not _by_sides_alone(method):
+            raise ValueError("select_device=gpu: this method does not select by side data alone; choose cpu or auto")
         self.method, self.memory, self.select_device = method, memory or HostMemory(), select_device
         self.copier = Copier()
         self.sides_on_device = False
-        self._admitted = False
+        self._admitted = 0  # bytes
 
     def admit(self, k_BKTD: Tensor, v_BKTD: Tensor, layers: int) -> None:
         """Raise MemoryError unless the host has room for prompts like this layer's in so many layers; once a prompt."""
@@ -259,22 +272,20 @@ class HostTier:
         sides = rows * sum(side.token_bytes for side in self.method.sides(dim, k_BKTD.dtype).values())
         self.sides_on_device = self._selects_on_device(sides, k_BKTD.device)
         row = (dim + v_BKTD.shape[3]) * k_BKTD.element_size()
-        self.memory.admit(int(rows * row + (0 if self.sides_on_device else sides)))
-        self._admitted = True
+        needed = int(rows * row + (0 if self.sides_on_device else sides))
+        self.memory.admit(needed)
+        self._admitted = needed
 
     def _selects_on_device(self, sides: float, device: torch.device) -> bool:
-        able = self.method.reads_sides_alone and self.method.top_p is None and sides > 0
-        if self.select_device == "gpu" and not able:
-            raise ValueError(
-                "select_device=gpu: this method selects by keys, which are on the host; choose cpu or auto"
-            )
+        able = _by_sides_alone(self.method) and sides > 0
         if self.select_device != "auto" or not able:
             return able and self.select_device == "gpu"
         return device.type == "cuda" and sides <= SIDES_OF_FREE * free_device_bytes(device)
 
     def forget(self) -> None:
         """The cache is empty again: the next prompt is to be admitted."""
-        self._admitted = False
+        self.memory.give_back(self._admitted)
+        self._admitted = 0
 
 
 def free_device_bytes(device: torch.device) -> int:
@@ -304,6 +315,15 @@ class SideStore(Store):
         if self.length + rows > slots.page:
             self.reserve(rows_with_room(self.length, self.length + rows))
         slots.append(rows)
+
+    @property
+    def unit(self) -> int:
+        """Tokens of the longest entry that is made anew from its keys; longer ones are written a token at a time."""
+        units = [kind.unit for kind in self._kinds.values() if isinstance(kind, Side)]
+        return max((unit for unit in units if unit <= HELD), default=1)
+
+    def made_by(self, method: Decode, seed: int) -> bool:
+        return self._built_by == (method, seed)
 
     @property
     def missing(self) -> int:
@@ -382,6 +402,14 @@ class OffloadedStore:
         if slots is not None:
             slots.pad(starts)
 
+    def check(self, method: Decode) -> None:
+        """Raise ValueError unless the rows were placed for a method."""
+        if method != self.tier.method:
+            raise ValueError(
+                "kv_device=cpu: this cache was filled for another decode method, by whose window its rows were placed;"
+                " read the prompt again"
+            )
+
     @property
     def shift(self) -> int:
         """What is to be taken from the number of a row to find it in ``near``."""
@@ -418,7 +446,10 @@ class OffloadedStore:
         """Side data on the device of rows that were added since; the host makes its own where too many were."""
         if self.side is None:
             return
-        if self.side.missing > HELD:
+        of_page = self.side.unit if self.side.missing > 1 else 0  # several make the page of the first anew
+        if self.side.missing + of_page > self.near.length - self.tier.method.sinks or not self.side.made_by(
+            self.tier.method, ctx.seed
+        ):
             self.side = None
         else:
             self.side.refresh(self.tier.method, self.near, self.shift, ctx)

@@ -40,7 +40,7 @@ def test_side_data_are_where_they_were_asked_for(cli):
     assert json.loads(done.out)["rows"][0]["selects_on"] == "gpu"
     done = cli(*SMALL, "--decode", "topk:keep=0.1", "--select-device", "gpu", "--json")
     row = json.loads(done.out)["rows"][0]
-    assert row["status"] == "failed" and "this method selects by keys" in row["reason"]
+    assert row["status"] == "failed" and "does not select by side data alone" in row["reason"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 from keysift.bench import steps
 from keysift.bench.layers import Shape
 from keysift.bench.prefill import failure
+from keysift.cache import rows_with_room
 from keysift.hf import HybridSteps, KVCache, attach
 from keysift.hf.cache import OffloadedLayer, adopt
 from keysift.hf.hybrid import EAGER_STEPS, Span
@@ -135,7 +136,8 @@ def most_sequences(model: Any, setup: Setup) -> int:
     dim = _dim(config)
     row = 2 * dim * model.dtype.itemsize
     row += sum(side.token_bytes for side in setup.method.sides(dim, model.dtype).values())
-    return int(free // (layers * (setup.context + setup.room) * config.num_key_value_heads * row))
+    rows = max(rows_with_room(0, setup.context), setup.context + setup.room)
+    return int(free // (layers * rows * config.num_key_value_heads * row))
 
 
 def _dim(config: Any) -> int:

@@ -72,7 +72,7 @@ def command(
     on_gpu = where.type == "cuda"
     check_range("K", bits, 0)
     method = parse(spec_of(bits, tables, decode), "decode")
-    context = prompt or (PROMPT if on_gpu else CPU_PROMPT)
+    context = (PROMPT if on_gpu else CPU_PROMPT) if prompt is None else prompt
     setup = hybrid.Setup(
         method,
         context,

@@ -17,7 +17,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.cache import adopt
-from keysift.hf.hybrid import HybridLayer
+from keysift.hf.hybrid import TAKEN, HybridLayer
 from keysift.meter import Meter
 from keysift.methods import dense, parse
 from keysift.offload import HostMemory, HostTier, OffloadedStore
@@ -329,6 +329,7 @@ def _offloaded(
         raise ValueError(f"{type(module).__name__}: a cache of kv_device=cpu needs keysift's own causal masks")
     scale, layer = q.shape[-1] ** -0.5 if scaling is None else scaling, getattr(module, "layer_idx", 0)
     store.pad(mask.start or [0] * len(q))
+    store.check(link.decode)
     if q.shape[1] == 1 < store.length and not link.reads_prompt:
         store.drop_old()
         ctx = Ctx(layer, scale, torch.zeros(0), link.seed)
@@ -440,6 +441,8 @@ def _adopt_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return
     link: Attachment = module.__dict__["_keysift"]
     ours, offloads = cache.__dict__.get("_keysift"), link.kv_device == "cpu"
+    if ours == TAKEN:
+        raise ValueError("this cache belongs to HybridSteps: close() them first")
     if ours is None or offloads and ours == "gpu":
         tier = HostTier(link.decode, HostMemory(link.host_memory), link.select_device)
         adopt(cache, tier if offloads else None)

@@ -38,13 +38,14 @@ class KVLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.store.append(key_states, value_states)
-        self._show()
+        self.show()
         assert self.keys is not None and self.values is not None
         for tensor in (self.keys, self.values):
             tensor._keysift_store = self.store  # type: ignore[attr-defined]  # how the attention function finds it
         return self.keys, self.values
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Show the rows that there are as transformers' ``keys`` and ``values``."""
         self.keys, self.values = self.store.keys, self.store.values
 
     def get_seq_length(self) -> int:
@@ -53,13 +54,13 @@ class KVLayer(DynamicLayer):
     def reset(self) -> None:
         self.store = Store()
         self.is_initialized = False
-        self._show()
+        self.show()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove")
         self.store.truncate(self.store.length + tokens_to_remove)
-        self._show()
+        self.show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -70,7 +71,7 @@ class KVLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.store.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-        self._show()
+        self.show()
 
     def offload(self) -> None:
         raise ValueError("keysift does not support offloaded caches")
@@ -84,6 +85,9 @@ class OffloadedLayer(KVLayer):
     def __init__(self, tier: HostTier, offloaded: int) -> None:
         super().__init__(tier, offloaded)
         self.offloaded = OffloadedStore(tier)
+
+    def show(self) -> None:
+        return None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -30,6 +30,7 @@ from keysift.types import Ctx, Decode, Law, Partial, Selection
 
 DENSE = dense.Method()
 EAGER_STEPS = 2  # before graphs are captured: kernels are compiled, and buffers made
+TAKEN = "taken"  # how a cache is marked while steps have it
 
 
 class Span(NamedTuple):
@@ -129,7 +130,7 @@ class _OnHost(HybridLayer):
         there = self.there
         self.batch.count_on_host(self)
         self.store.put(there["k"], there["v"])
-        if self._gather is not None:
+        if self._gather is not None and self._chosen:
             return self._gather()
         if self.side is None:
             ctx = ctx._replace(positions=self.store.view().length - 1)
@@ -181,17 +182,14 @@ class _Batch:
 
     def _layer(self, layer: Any) -> HybridLayer:
         if isinstance(layer, OffloadedLayer):
-            stores = [s for s in (layer.offloaded.host, layer.offloaded.side) if s is not None]
             layer.offloaded.copier.wait()
+            stores = [s for s in (layer.offloaded.host, layer.offloaded.side) if s is not None]
             layer.offloaded.near.reserve(layer.offloaded.near.length + self.room)
-        elif isinstance(layer, KVLayer):
-            stores = [layer.store]
         else:
-            raise ValueError(f"steps over host memory do not take cache layers of type {type(layer).__name__}")
-        if any(store.slots is None for store in stores):
-            raise ValueError("steps over host memory need a cache that holds a prompt: call the model with it first")
+            stores = [layer.store]
         for store in stores:
             store.reserve(self.limit)
+        layer.show()
         if isinstance(layer, OffloadedLayer):
             if layer.offloaded.side is not None:
                 self._count("side", layer.offloaded.side, self.limit)
@@ -204,6 +202,15 @@ class _Batch:
             return _OnHost(self, layer)
         self._count("device", layer.store, self.limit)
         return HybridLayer(self, layer.store)
+
+    def release(self) -> None:
+        """Give every store slots of its own again."""
+        for layer in self.layers:
+            near = [layer.near] if isinstance(layer, _OnHost) else []
+            side = [layer.side] if isinstance(layer, _OnHost) and layer.side is not None else []
+            for store in (layer.store, *near, *side):
+                store.leave()
+        self.pieces.clear()
 
     def _count(self, kind: str, store: Store, limit: int) -> None:
         """Have the stores of one kind of all layers counted together."""
@@ -344,11 +351,29 @@ class _Trace:
         return sorted(device + self._host, key=lambda span: span.start)
 
 
+def _check(cache: Cache, method: Decode) -> None:
+    """Raise ValueError unless steps can go on from what a cache holds."""
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, KVLayer):
+            raise ValueError(f"steps over host memory do not take cache layers of type {type(layer).__name__}")
+        if not layer.get_seq_length():
+            raise ValueError("steps over host memory need a cache that holds a prompt: call the model with it first")
+        if not isinstance(layer, OffloadedLayer) and i not in method.dense_layers:
+            raise ValueError("steps over host memory need a cache that was filled with kv_device=cpu")
+        if isinstance(layer, OffloadedLayer):
+            layer.offloaded.check(method)
+    if not cache.layers:
+        raise ValueError("steps over host memory need a cache that holds a prompt: call the model with it first")
+    if cache.__dict__.get("_keysift") == TAKEN:
+        raise ValueError("this cache belongs to other HybridSteps: close() them first")
+
+
 class HybridSteps:
     """Greedy steps of several batches of one attached model, all in flight at once.
 
     The model must be attached with ``kv_device="cpu"``, and each cache hold prompts that were read with it. Caches are
-    this object's from then on: their own methods count again once it is thrown away.
+    this object's until ``close``; the model refuses them till then. Whether a method selects at all is settled by the
+    rows that there are when a step is captured.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[tuple[Cache, Tensor]], room: int) -> None:
@@ -367,14 +392,29 @@ class HybridSteps:
             raise ValueError('steps over host memory: attach the model with kv_device="cpu" first')
         if room < 1:
             raise ValueError(f"room={room}: choose 1 or more steps")
-        self.room, self._failed = room, False
+        for cache, _ in batches:
+            _check(cache, link.decode)
+        self.room, self._failed, self._warm = room, False, 0
         self._on_gpu = all(ids.is_cuda for _, ids in batches)
+        self._caches = [cache for cache, _ in batches]
         self._batches = [_Batch(model, cache, ids, room, len(batches) - 1) for cache, ids in batches]
+
+        for cache in self._caches:
+            cache.__dict__["_keysift"] = TAKEN
 
     @property
     def done(self) -> int:
         """Steps so far."""
         return self._batches[0].done
+
+    def close(self) -> None:
+        """Give the caches back, with the rows of all steps; there can be no more of these. Safe to call twice."""
+        for cache, batch in zip(self._caches, self._batches, strict=False):  # none the second time
+            batch.release()
+            cache.__dict__["_keysift"] = "cpu"
+            for layer in cache.layers:
+                layer.show()  # type: ignore[union-attr]
+        self._caches, self._failed = [], True
 
     @property
     def tokens(self) -> list[Tensor]:
@@ -409,16 +449,21 @@ class HybridSteps:
 
     def _run(self, steps: int, trace: _Trace | None, graphs: bool) -> None:
         if self._failed:
-            raise RuntimeError("an earlier step failed, and left its rows half written: begin with new caches")
+            raise RuntimeError("these steps were closed, or failed and left rows half written: begin with new ones")
         if self.done + steps > self.room:
             raise ValueError(f"{steps} more steps: there is room for {self.room - self.done}")
+        for batch in self._batches:
+            if batch.stream is not None:  # after what the caller has under way
+                batch.stream.wait_stream(torch.cuda.current_stream(batch.ids.device))
         try:
             eager = 0
             if graphs and self._on_gpu and not self._batches[0].pieces:
-                eager = min(steps, EAGER_STEPS)
+                eager = min(steps, max(0, EAGER_STEPS - self._warm))
                 for batch in self._batches:
                     batch.run(eager, graphs)
-                    batch.capture()
+                    if steps > eager:
+                        batch.capture()
+                self._warm += eager
             with ThreadPoolExecutor(len(self._batches), thread_name_prefix="keysift-batch") as threads:
                 futures = [
                     threads.submit(batch.run, steps - eager, graphs, trace, i) for i, batch in enumerate(self._batches)

@@ -210,7 +210,9 @@ def flex_search(
         with torch.cuda.device_of(q_BTHD):  # kernels start on the current device
             mass, last, threshold = search(q_BTHD, kv, scale, gamma, sampling)
         return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "triton")
-    by_kernel = backend == "cpu" or backend == "auto" and attention_cpu.takes(q_BTHD, kv)
+    by_kernel = backend in ("auto", "cpu") and attention_cpu.takes(q_BTHD, kv)
+    if backend == "cpu" and not by_kernel:
+        raise ValueError("backend=cpu: needs tensors on a CPU, in a dtype of its kernels, and those built")
     of_rows = _row_mass_cpu if by_kernel else row_mass_reference
     mass, last, threshold = flex_search_reference(q_BTHD, kv, scale, gamma, sampling, of_rows)
     return FlexPlan(mass, last, threshold, sampling, gamma, least, most, "reference")
