@@ -26,7 +26,7 @@ test: $(STAMP)  ## all tests but those of test-slow
 test-fast: $(STAMP)  ## the tests that take about three minutes on two cores
 	@$(PYTEST) -m "not slow and not soak" $(ARGS)
 
-test-slow: $(STAMP)  ## what takes minutes: sanitizers
+test-slow: $(STAMP)  ## what takes minutes: sanitizers, thousands of requests
 	@$(PYTEST) -m soak $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy

@@ -58,6 +58,15 @@ Lengths = Annotated[
 Out = Annotated[Path | None, option(metavar="DIR", help="Folder for the results.")]
 Force = Annotated[bool, option("--force", help="Replace the results of an earlier run in DIR.")]
 AsJson = Annotated[bool, option("--json", help="Print JSON instead of the table.")]
+ShapeName = Annotated[
+    str | None,
+    option(
+        metavar="NAME",
+        show_default="llama-8b, on a CPU tiny",
+        help=f"Random weights: {', '.join(ttft.SHAPES)}.",
+    ),
+]
+ModelPath = Annotated[str | None, option(metavar="PATH", help="A model with its weights, instead of --shape.")]
 DType = Annotated[
     str, option(metavar="T", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.")
 ]
@@ -141,13 +150,8 @@ def prefill(
 @app.command("first-token")
 def first_token(
     lengths: Lengths = None,
-    shape: Annotated[
-        str | None,
-        option(
-            metavar="NAME", show_default="llama-8b, on a CPU tiny", help=f"Random weights: {', '.join(ttft.SHAPES)}."
-        ),
-    ] = None,
-    model: Annotated[str | None, option(metavar="PATH", help="A model with its weights, instead of --shape.")] = None,
+    shape: ShapeName = None,
+    model: ModelPath = None,
     prompt_file: Annotated[
         Path | None,
         option(metavar="FILE", show_default="the demo document", help="With --model: text, repeated as needed."),

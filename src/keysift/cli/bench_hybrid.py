@@ -41,15 +41,8 @@ def command(
     decode: Annotated[
         str | None, option(metavar="SPEC", show_default=METHOD, help="How new tokens read the past.")
     ] = None,
-    shape: Annotated[
-        str | None,
-        option(
-            metavar="NAME",
-            show_default="llama-8b, on a CPU tiny",
-            help=f"Random weights: {', '.join(first_token.SHAPES)}.",
-        ),
-    ] = None,
-    model: Annotated[str | None, option(metavar="PATH", help="A model with its weights, instead of --shape.")] = None,
+    shape: bench.ShapeName = None,
+    model: bench.ModelPath = None,
     gpu_memory: Annotated[
         float | None, option(metavar="GIB", show_default="all", help="Of the GPU, to stand for a smaller one.")
     ] = None,

@@ -32,15 +32,8 @@ def command(
         list[str] | None,
         option(metavar="SPEC", show_default=", ".join(METHODS), help="Beside dense; may be repeated."),
     ] = None,
-    shape: Annotated[
-        str | None,
-        option(
-            metavar="NAME",
-            show_default="llama-8b, on a CPU tiny",
-            help=f"Random weights: {', '.join(first_token.SHAPES)}.",
-        ),
-    ] = None,
-    model: Annotated[str | None, option(metavar="PATH", help="A model with its weights, instead of --shape.")] = None,
+    shape: bench.ShapeName = None,
+    model: bench.ModelPath = None,
     timed: Annotated[int, option("--steps", metavar="N", help="Timed steps.")] = 30,
     page: Annotated[int, option(metavar="N", help="Rows a page of the cache.")] = 128,
     out: bench.Out = None,
