@@ -333,9 +333,15 @@ def test_the_shapes_are_what_they_are_called():
     with torch.device("meta"):
         import transformers
 
-        for name, least, most in (("llama-8b", 8.0e9, 8.1e9), ("llama-1b", 1.2e9, 1.6e9)):  # their embeddings untied
+        sizes = (
+            ("llama-8b", 8.0e9, 8.1e9),
+            ("llama-1b", 1.2e9, 1.6e9),  # embeddings untied
+            ("codellama-13b", 13.0e9, 13.1e9),
+            ("codellama-34b", 33.7e9, 33.8e9),
+        )
+        for name, least, most in sizes:
             config = transformers.LlamaConfig(**first_token.SHAPES[name])
             count = sum(p.numel() for p in transformers.LlamaForCausalLM(config).parameters())
             assert least < count < most
-    with pytest.raises(ValueError, match="choose llama-8b, llama-1b or tiny"):
+    with pytest.raises(ValueError, match="choose llama-8b, llama-1b, codellama-13b, codellama-34b or tiny"):
         first_token.random_model("llama-9b", 10, CPU, torch.float32)
