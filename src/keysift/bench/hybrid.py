@@ -6,7 +6,6 @@ them as over a text. The GPU's memory can be capped, to stand for a smaller one.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from keysift.cache import rows_with_room
 from keysift.hf import HybridSteps, KVCache, attach
 from keysift.hf.cache import OffloadedLayer, adopt
 from keysift.hf.hybrid import EAGER_STEPS, Span
+from keysift.hf.paged import kv_shape
 from keysift.methods import describe
 from keysift.offload import SELECT_DEVICES, HostMemory, HostTier, free_bytes
 from keysift.types import Ctx, check_seed, one_of
@@ -121,7 +121,7 @@ def measure(model: Any, setup: Setup, traced: Traced, start: Callable[[str], Non
             _measure_hybrid(row, model, setup, traced)
         except Exception as error:  # it fails in many ways, and one row must not end the others
             row.status, row.reason = failure(error)
-        _clean(model.device)
+        steps.let_go(model.device)
         yield row
         if model.device.type == "cuda":
             yield from _dense(model, setup, start)
@@ -133,15 +133,11 @@ def most_sequences(model: Any, setup: Setup) -> int:
     free = HOST_SHARE * free_bytes() if setup.host_memory is None else setup.host_memory
     config = model.config.get_text_config(decoder=True)
     layers = sum(i not in setup.method.dense_layers for i in range(config.num_hidden_layers))
-    dim = _dim(config)
+    kv_heads, dim = kv_shape(config)
     row = 2 * dim * model.dtype.itemsize
     row += sum(side.token_bytes for side in setup.method.sides(dim, model.dtype).values())
     rows = max(rows_with_room(0, setup.context), setup.context + setup.room)
-    return int(free // (layers * rows * config.num_key_value_heads * row))
-
-
-def _dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(free // (layers * rows * kv_heads * row))
 
 
 @contextmanager
@@ -166,12 +162,6 @@ def _capped(device: torch.device, limit: int | None) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def _clean(device: torch.device) -> None:
-    gc.collect()  # slots and their stores know each other
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 # ---- over host memory -----------------------------------------------------------------------------------------------
@@ -207,6 +197,7 @@ def _measure_hybrid(row: Row, model: Any, setup: Setup, traced: Traced) -> None:
 def filled(model: Any, setup: Setup, batch: int, memory: HostMemory) -> list[tuple[KVCache, Tensor]]:
     """Caches of noise for the parts of a batch, and tokens to begin with; the model is attached."""
     config = model.config.get_text_config(decoder=True)
+    kv_heads, dim = kv_shape(config)
     noise = torch.Generator(model.device).manual_seed(setup.seed)
     parts = [batch // setup.batches + (i < batch % setup.batches) for i in range(setup.batches)]
     made = []
@@ -215,15 +206,15 @@ def filled(model: Any, setup: Setup, batch: int, memory: HostMemory) -> list[tup
         adopt(cache, HostTier(setup.method, memory, setup.select_device))
         layers: list[Any] = cache.layers  # ours, by now
         for i, layer in enumerate(layers):
-            size = part, config.num_key_value_heads, setup.context, _dim(config)
+            size = part, kv_heads, setup.context, dim
             k, v = (
                 torch.empty(size, dtype=model.dtype, device=model.device).normal_(generator=noise) for _ in range(2)
             )
             layer.update(k, v)
             del k, v  # its copy goes to the host
-            tail = 1, config.num_attention_heads, _dim(config)
+            tail = 1, config.num_attention_heads, dim
             q = torch.randn(part, *tail, generator=noise, device=model.device).to(model.dtype)
-            ctx = Ctx(i, _dim(config) ** -0.5, torch.full((part,), setup.context - 1, device=model.device), setup.seed)
+            ctx = Ctx(i, dim**-0.5, torch.full((part,), setup.context - 1, device=model.device), setup.seed)
             if isinstance(layer, OffloadedLayer):
                 layer.offloaded.end_prefill(q, ctx)
             else:
@@ -231,7 +222,7 @@ def filled(model: Any, setup: Setup, batch: int, memory: HostMemory) -> list[tup
         for layer in layers:
             if isinstance(layer, OffloadedLayer):
                 layer.offloaded.copier.wait()
-        _clean(model.device)
+        steps.let_go(model.device)
         made.append((cache, torch.zeros(part, 1, dtype=torch.int64, device=model.device)))
     return made
 
@@ -304,7 +295,8 @@ def _layer_by_layer(model: Any, setup: Setup, batch: int) -> Row:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     rate = PROBE_BYTES / min(times)  # bytes a ms
-    kept = config.num_hidden_layers * config.num_key_value_heads * 2 * _dim(config) * model.dtype.itemsize
+    kv_heads, dim = kv_shape(config)
+    kept = config.num_hidden_layers * kv_heads * 2 * dim * model.dtype.itemsize
     row = Row(batch, setup.context, f"dense, layer by layer over {rate / 1e6:.0f} GB/s")
     row.step_ms = batch * setup.context * kept / rate
     row.tokens_per_s = batch * 1e3 / row.step_ms

@@ -101,10 +101,15 @@ def measure(
                     row.speedup = baseline.step_ms / row.step_ms
             except Exception as error:  # kernels fail in many ways, and one row must not end the others
                 row.status, row.reason = failure(error)
-            if model.device.type == "cuda":
-                gc.collect()  # slots and their layers know each other
-                torch.cuda.empty_cache()
+            let_go(model.device)
             yield row
+
+
+def let_go(device: torch.device) -> None:
+    """Have the memory of caches that nobody has any more back."""
+    gc.collect()  # slots and their stores know each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def most_sequences(model: Any, setup: Setup, context: int, methods: Sequence[Any]) -> int:

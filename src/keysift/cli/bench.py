@@ -174,13 +174,10 @@ def first_token(
     setup = ttft.Setup(parse(prefill, "prefill"), chunk, seed, repeats, skip_dense_above, all_logits)
     where = pick_device(device)
     on_gpu = where.type == "cuda"
-    if model is not None and shape is not None:
-        raise ValueError("--model and --shape: give one of them")
+    name = shape_name(shape, model, on_gpu)
     if model is None and prompt_file is not None:
         raise ValueError("--prompt-file is for --model: random weights read random tokens")
     sizes = (GPU_PROMPTS if on_gpu else CPU_LENGTHS) if lengths is None else parse_lengths(lengths)
-    name = shape or ("llama-8b" if on_gpu else "tiny")
-    one_of("shape", name, ttft.SHAPES)
     file = claim(out, "first-token.json", force)
     console = Console(stderr=True)
     with console.status("Making the model" if model is None else "Loading the model"):
@@ -201,6 +198,28 @@ def first_token(
         data["note"] = what_random_means(name, rows)
     finish(data, file, lambda: print_first_token(rows, data.get("note")), as_json)
     end(rows, interrupted)
+
+
+def shape_name(shape: str | None, model: str | None, on_gpu: bool) -> str:
+    """The shape of random weights: what was asked for, or what suits the device."""
+    if model is not None and shape is not None:
+        raise ValueError("--model and --shape: give one of them")
+    name = shape or ("llama-8b" if on_gpu else "tiny")
+    one_of("shape", name, ttft.SHAPES)
+    return name
+
+
+def decoder(
+    model: str | None, shape: str, rows: int, asked: str, device: torch.device, dtype: str, seed: int, longest: int
+) -> Any:
+    """A checkpoint, which must take the rows that ``asked`` comes to, or random weights that take ``longest``."""
+    if model is None:
+        return ttft.random_model(shape, longest, device, tensor_dtype(dtype, device), seed).model
+    lm, _ = load(model, device, pick_dtype(dtype, device))
+    limit = context_tokens(lm.config)
+    if limit is not None and rows > limit:
+        raise ValueError(f"{asked}: {rows} rows are needed, and the model's context is {limit:,} tokens")
+    return lm
 
 
 def trained(model: str, prompt_file: Path | None, longest: int, device: torch.device, dtype: str) -> ttft.Subject:

@@ -10,14 +10,13 @@ from typing import Annotated
 from rich.console import Console
 from typer import Option as option
 
-from keysift.bench import first_token, hybrid
+from keysift.bench import hybrid
 from keysift.bench.hybrid_plot import draw_trace
-from keysift.checkpoint import context_tokens, load, pick_device, pick_dtype
+from keysift.checkpoint import pick_device
 from keysift.cli import bench, options
 from keysift.cli.bench import shown
 from keysift.cli.generate import check_range
 from keysift.methods import describe, parse
-from keysift.types import one_of
 
 METHOD = "signbits:keep=0.02"
 PROMPT, CPU_PROMPT = 98304, 2048
@@ -84,22 +83,11 @@ def command(
         )
     if gpu_memory is not None and not on_gpu:
         raise ValueError(f"--gpu-memory {gpu_memory:g}: the device is {where}")
-    if model is not None and shape is not None:
-        raise ValueError("--model and --shape: give one of them")
-    name = shape or ("llama-8b" if on_gpu else "tiny")
-    one_of("shape", name, first_token.SHAPES)
+    name = bench.shape_name(shape, model, on_gpu)
     file = bench.claim(out, "hybrid.json", force)
     console = Console(stderr=True)
     with console.status("Making the model" if model is None else "Loading the model"):
-        if model is None:
-            lm = first_token.random_model(name, most or needed, where, bench.tensor_dtype(dtype, where), seed).model
-        else:
-            lm, _ = load(model, where, pick_dtype(dtype, where))
-            limit = context_tokens(lm.config)
-            if limit is not None and needed > limit:
-                raise ValueError(
-                    f"--P {context}: {needed} rows are needed, and the model's context is {limit:,} tokens"
-                )
+        lm = bench.decoder(model, name, needed, f"--P {context}", where, dtype, seed, most or needed)
     rows: list[hybrid.Row] = []
     traced = hybrid.Traced()
     settings = dataclasses.asdict(setup) | {

@@ -8,14 +8,13 @@ from typing import Annotated
 from rich.console import Console
 from typer import Option as option
 
-from keysift.bench import first_token, steps
+from keysift.bench import steps
 from keysift.bench.layers import Shape
-from keysift.checkpoint import context_tokens, load, pick_device, pick_dtype
+from keysift.checkpoint import pick_device
 from keysift.cli import bench, options
 from keysift.cli.bench import shown
 from keysift.cli.bench_decode import parse_shapes
 from keysift.methods import parse
-from keysift.types import one_of
 
 GPU_SHAPES = [Shape(batch, context) for context in (32768, 131072) for batch in (1, 0)]
 CPU_SHAPES = [Shape(1, 2048)]
@@ -47,10 +46,7 @@ def command(
     setup = steps.Setup(timed, page, seed)
     where = pick_device(device)
     on_gpu = where.type == "cuda"
-    if model is not None and shape is not None:
-        raise ValueError("--model and --shape: give one of them")
-    name = shape or ("llama-8b" if on_gpu else "tiny")
-    one_of("shape", name, first_token.SHAPES)
+    name = bench.shape_name(shape, model, on_gpu)
     sizes = (GPU_SHAPES if on_gpu else CPU_SHAPES) if shapes is None else parse_shapes(shapes)
     if empty := [size for size in sizes if size.context < 1]:
         raise ValueError(f"--shapes {empty[0]}: the context must be 1 or more")
@@ -59,13 +55,7 @@ def command(
     file = bench.claim(out, "steps.json", force)
     console = Console(stderr=True)
     with console.status("Making the model" if model is None else "Loading the model"):
-        if model is None:
-            lm = first_token.random_model(name, longest, where, bench.tensor_dtype(dtype, where), seed).model
-        else:
-            lm, _ = load(model, where, pick_dtype(dtype, where))
-            limit = context_tokens(lm.config)
-            if limit is not None and longest > limit:
-                raise ValueError(f"--shapes: {longest} rows are needed, and the model's context is {limit:,} tokens")
+        lm = bench.decoder(model, name, longest, "--shapes", where, dtype, seed, longest)
     rows: list[steps.Row] = []
     settings = {"steps": timed, "page": page, "seed": seed, "model": model, "shape": None if model else name}
     data = bench.about(where) | {"settings": settings | {"dtype": str(lm.dtype).removeprefix("torch.")}, "rows": []}

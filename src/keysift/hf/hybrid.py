@@ -398,7 +398,6 @@ class HybridSteps:
         self._on_gpu = all(ids.is_cuda for _, ids in batches)
         self._caches = [cache for cache, _ in batches]
         self._batches = [_Batch(model, cache, ids, room, len(batches) - 1) for cache, ids in batches]
-
         for cache in self._caches:
             cache.__dict__["_keysift"] = TAKEN
 

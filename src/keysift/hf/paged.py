@@ -43,6 +43,13 @@ class PagedLayer(CacheLayerMixin):
         return self.store.length, 0
 
 
+def kv_shape(config: Any) -> tuple[int, int]:
+    """KV heads of a decoder's layer, and their dim."""
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, dim
+
+
 class PagedCache(Cache):
     """Slots that all layers of a model share, for decode steps of one token each; ``slots.append`` comes before a step.
 
@@ -53,9 +60,7 @@ class PagedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, slots: Slots) -> None:
         config = model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kv_heads, dim = kv_shape(config)
         self.slots = slots
         self.stores = [Store.in_pages(slots, kv_heads, dim, dim, model.dtype) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=[PagedLayer(store) for store in self.stores])
