@@ -497,7 +497,7 @@ def test_magicpig_selects_what_codes_of_centred_keys_agree_on(mode):
     assert listed(chosen) == expected and 0 < len(expected[0]) < 232
     assert torch.allclose(index["mean"], mean.float(), atol=1e-6)
     assert torch.equal(chosen.log_w.mean, index["mean"])
-    assert int(method.scan_bytes(middle, index)) == 232 * 2 * 100 // 8
+    assert int(method.scan_bytes(middle, index, q.shape[1])) == 232 * 2 * 100 // 8
     assert method.grows == (mode == "default")
 
 
@@ -529,7 +529,7 @@ def test_magicpig_with_a_pool_selects_by_the_bits_that_its_tables_share(spec):
     end = 300 - method.window
     expected = [[r for r in range(4, end) if hits[h, r] >= 2] for h in range(4)]
     assert listed(chosen) == expected and 0 < len(expected[0]) < end - 4
-    assert int(method.scan_bytes(middle, index)) == (end - 4) * 2 * method.pool // 8
+    assert int(method.scan_bytes(middle, index, q.shape[1])) == (end - 4) * 2 * method.pool // 8
     law = codes.collision_table(5, method.L, pool=method.pool)
     assert torch.equal(chosen.log_w.table, law)
 

@@ -44,7 +44,7 @@ CASES = [
 ]
 
 
-def make(case, seed=0, poison=True):
+def make(case, seed=0, poison=True, device=DEVICE):
     """A view whose buffer, and bounds, are NaN wherever nobody may read."""
     batch, longest = len(case.spans), max(end for *_, end in case.spans)
     rows = -(-longest // max(case.paged, 1)) * max(case.paged, 1)
@@ -58,7 +58,7 @@ def make(case, seed=0, poison=True):
         x, table = into_pages(x, case.paged, end, seed)
     bounds = torch.full(side_shape(x, case), torch.nan, dtype=case.dtype)
     kv = KV(x, x, start, end - start, None, table, origin if origin.any() else None, longest)
-    return to_device(kv), bounds.to(DEVICE)
+    return moved(kv, device), bounds.to(device)
 
 
 def into_pages(x, page, end, seed):
@@ -75,8 +75,8 @@ def side_shape(k, case):
     return (k.shape[0], k.shape[2], -(-k.shape[1] // case.unit), 2, case.dim)
 
 
-def to_device(kv):
-    return kv._replace(**{name: x.to(DEVICE) for name, x in kv._asdict().items() if isinstance(x, torch.Tensor)})
+def moved(kv, device):
+    return kv._replace(**{name: x.to(device) for name, x in kv._asdict().items() if isinstance(x, torch.Tensor)})
 
 
 def extend(backend, bounds, kv, unit, done, most):
@@ -314,7 +314,7 @@ def test_the_method_reads_its_share_of_whole_pages(per):
                 total = len(range((start - first) // case.unit, -(-(end - first) // case.unit))) if end > start else 0
                 assert len(used) == min(whole, total)
         pages_read = sum(1 for _ in by_loops(kv, case.unit))
-        assert int(method.scan_bytes(kv, index)) == pages_read * 2 * 2 * case.dim * case.dtype.itemsize
+        assert int(method.scan_bytes(kv, index, 2 * case.group)) == pages_read * 2 * 2 * case.dim * case.dtype.itemsize
 
 
 def test_pages_are_powers_of_two():

@@ -227,7 +227,7 @@ def select(
         if meter is not None:
             meter.add_step(kv, q_BHD.shape[1], ctx.layer, None, None, 0)
         return None
-    scanned = 0 if meter is None else method.scan_bytes(middle, index)
+    scanned = 0 if meter is None else method.scan_bytes(middle, index, q_BHD.shape[1])
     if method.top_p is not None:
         if meter is not None:  # their keys are read to see what can go
             scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()

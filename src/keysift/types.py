@@ -374,8 +374,9 @@ class Decode(Method, Protocol):
         """The rows of the middle ``kv`` to read; None means all of them. Never waits for a GPU."""
         ...
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor | int:
-        """Bytes of side data and keys that one ``select`` over the middle reads to choose, all sequences together."""
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor | int:
+        """Bytes of side data and keys that one ``select`` over the middle, for so many query heads, reads to
+        choose, all sequences together."""
         ...
 
 

@@ -25,6 +25,7 @@ from tests.test_codes import problem as problem_on
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the CPU kernels were not built")
 cpu = pytest.importorskip("keysift.ops.codes_cpu") if load() else None
+tables = pytest.importorskip("keysift.ops.buckets_cpu") if load() else None
 ISAS = load().usable if load() else ("none",)
 problem = functools.partial(problem_on, device="cpu")
 
@@ -199,9 +200,13 @@ BUCKETS = [*(case for case in CASES if case.bits <= 10), NO_POWER_OF_TWO[1], ODD
 
 
 def buckets_of(case, p, kv):
-    columns = cpu.columns_of(case.bits, case.tables)
-    buckets = cpu.Buckets.empty(len(case.spans), case.kv_heads, case.tables, case.bits, p.kv.bound)
-    return buckets, columns
+    columns = tables.columns_of(case.bits, case.tables)
+    return blank_buckets(len(case.spans), case.kv_heads, case.bits, case.tables, p.kv.bound), columns
+
+
+def blank_buckets(batch, *shape):
+    states = tables.Buckets.states(*shape)
+    return tables.Buckets.of({name: torch.zeros(batch, *x.shape, dtype=x.dtype) for name, x in states.items()})
 
 
 @pytest.mark.parametrize("case", BUCKETS, ids=str)
@@ -213,14 +218,14 @@ def test_buckets_and_the_planes_of_later_rows_give_the_rows_of_the_planes(case, 
     expected = cpu.collisions(query, p.planes, p.kv, case.bits, None)
     buckets, columns = buckets_of(case, p, p.kv)
     earlier = p.kv._replace(length=(p.kv.length - kept).clamp(min=0), spans=None)
-    cpu.build_buckets(buckets, p.planes, earlier, columns)
-    found = cpu.bucket_collisions(query, buckets, columns, p.planes, p.kv, None, None)
+    tables.build_buckets(buckets, p.planes, earlier, columns)
+    found = tables.bucket_collisions(query, buckets, columns, p.planes, p.kv, None)
     assert listed(found) == listed(expected) and any(listed(expected))
     buckets.built.sub_(3)  # a rollback: rows before `built` alone are taken from the tables
-    found = cpu.bucket_collisions(query, buckets, columns, p.planes, p.kv, None, None)
+    found = tables.bucket_collisions(query, buckets, columns, p.planes, p.kv, None)
     assert listed(found) == listed(expected)
     shorter = p.kv._replace(length=(p.kv.length - 50).clamp(min=0), spans=None)
-    found = cpu.bucket_collisions(query, buckets, columns, p.planes, shorter, None, None)
+    found = tables.bucket_collisions(query, buckets, columns, p.planes, shorter, None)
     assert listed(found) == listed(cpu.collisions(query, p.planes, shorter, case.bits, None))
 
 
@@ -230,11 +235,11 @@ def test_buckets_of_two_segments_hold_every_token_once():
     p.planes.random_(-(2**31), 2**31 - 1, generator=generator(2))
     query = torch.randint(8, (1, 2, 3), generator=generator(3)).int()
     buckets, columns = buckets_of(case, p, p.kv)
-    cpu.build_buckets(buckets, p.planes, p.kv, columns)
-    found = cpu.bucket_collisions(query, buckets, columns, p.planes, p.kv, None, None)
+    tables.build_buckets(buckets, p.planes, p.kv, columns)
+    found = tables.bucket_collisions(query, buckets, columns, p.planes, p.kv, None)
     assert listed(found) == listed(cpu.collisions(query, p.planes, p.kv, 3, None))
     ids = buckets.ids.long() & 0xFFFF
     for table in range(3):
-        first, second = ids[0, 0, table, : cpu.SEGMENT - 5], ids[0, 0, table, cpu.SEGMENT : 70_000]
-        assert torch.equal(first.sort().values, torch.arange(5, cpu.SEGMENT))
-        assert torch.equal(second.sort().values, torch.arange(70_000 - cpu.SEGMENT))
+        first, second = ids[0, 0, table, : tables.SEGMENT - 5], ids[0, 0, table, tables.SEGMENT : 70_000]
+        assert torch.equal(first.sort().values, torch.arange(5, tables.SEGMENT))
+        assert torch.equal(second.sort().values, torch.arange(70_000 - tables.SEGMENT))

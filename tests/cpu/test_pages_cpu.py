@@ -1,5 +1,7 @@
 """Quest's bounds, scores and pages by the CPU kernels, on every instruction set of this CPU, against plain loops."""
 
+import functools
+
 import pytest
 import torch
 
@@ -9,11 +11,13 @@ from keysift.ops.pages import LSE_PAGES, Quota
 from tests.helpers import generator
 
 pytest.importorskip("triton", reason="the cases are those of the Triton kernels' tests, which need triton")
-from tests.test_pages import BF16, CASES, INF, Case, by_loops, check_bounds, expected_rows, keys, make, rows_of
+from tests.test_pages import BF16, CASES, INF, Case, by_loops, check_bounds, expected_rows, keys, rows_of
+from tests.test_pages import make as make_on
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the CPU kernels were not built")
 cpu = pytest.importorskip("keysift.ops.pages_cpu") if load() else None
 ISAS = load().usable if load() else ("none",)
+make = functools.partial(make_on, device="cpu")
 MORE = [
     Case(((0, 4, 100), (0, 4, 63)), 16, group=5, dim=33, dtype=torch.float32),
     Case(((0, 3, 60),), 2, paged=6, group=9, dim=256),

@@ -118,7 +118,7 @@ class KeepsNothing:
     def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
         return None
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor | int:
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor | int:
         return 0
 
 

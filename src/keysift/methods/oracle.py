@@ -36,5 +36,5 @@ class Method(ExactDecode):
         rows, count = listed(times > 0, most)
         return Selection(rows, count, log_w.gather(-1, rows.long()))
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor:
         return all_keys_bytes(kv)

@@ -43,7 +43,7 @@ class Method(BudgetedDecode):
         score, lse = page_scores_lse(q_BHD, index["bounds"], kv, self.page, ctx.scale)
         return top_pages(score, kv, self.page, self.quota(q_BHD, kv), most_pages, self.per, lse)
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor:
         """Both bounds of every page that holds a key of the middle."""
         first = (kv.start - kv.first) // self.page
         last = (kv.end - kv.first - 1) // self.page

@@ -114,5 +114,5 @@ class Method(BudgetedDecode):
             self.draws == "independent",
         ).selection
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor:
         return scanned(kv, index)

@@ -36,5 +36,5 @@ class Method(ExactDecode):
         score = exact_scores(q_BHD, kv, ctx.scale)
         return Selection(*select_top(score, self.quota(q_BHD, kv).of(kv.length), self.most(kv.bound)))
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor:
         return all_keys_bytes(kv)

@@ -104,6 +104,6 @@ class Method(DecodeMethod):
             state = _absorb(state, word)
         return ((state >> 8).float() + 0.5) * 2.0**-24
 
-    def scan_bytes(self, kv: KV, index: Index) -> Tensor:
+    def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor:
         """What ranks the keys; what the first sample reads is part of the selection."""
         return signbits.scanned(kv, index) if self.by == "signbits" else all_keys_bytes(kv)
