@@ -1,13 +1,18 @@
 """Long-context LLM inference that reads fewer keys: sparse attention for any Hugging Face decoder."""
 
+from keysift.engine import LLM, RequestOutput
 from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention, prefill_attention_varlen
 from keysift.hf import Attachment, KVCache, attach, detach, patch_model
+from keysift.sampling import SamplingParams
 from keysift.types import Stats
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "Attachment",
     "KVCache",
+    "RequestOutput",
+    "SamplingParams",
     "Stats",
     "attach",
     "decode_attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,12 @@ def check_causal(name: str, config: Any) -> None:
         raise ValueError(f"model={name} is not a causal language model: its config says {what}")
 
 
-def chat_text(tokenizer: Any, prompt: str) -> str:
-    """A prompt within the model's chat template, up to where the answer begins, special tokens included."""
+def chat_text(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> str:
+    """A prompt, or the turns of a conversation, within the model's chat template, up to where the answer begins,
+    special tokens included."""
     if not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out")
-    turn = [{"role": "user", "content": prompt}]
+    turn = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     try:
         return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs of the checkpoint's

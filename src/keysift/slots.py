@@ -150,6 +150,33 @@ class Slots:
         for store in self.stores:
             store.copy_state(source, to)
 
+    def pin(self, slot: int, rows: int) -> list[int]:
+        """The pages of a slot's first ``rows`` rows, whole pages, kept whatever becomes of the slot until ``unpin``."""
+        assert rows % self.page == 0 and rows <= self.lengths[slot]
+        pages = self._owned[slot][: rows // self.page]
+        for page in pages:
+            self._owners[page] += 1
+        return pages
+
+    def unpin(self, pages: Sequence[int]) -> None:
+        """Let go of pages that ``pin`` gave."""
+        for page in pages:
+            self._give_back(page)
+
+    def begin_with(self, slot: int, pages: Sequence[int]) -> None:
+        """Begin an empty slot with the rows of pages that are pinned: it reads them, and does not write to them.
+
+        Raises:
+            ValueError: the slot is in use.
+        """
+        if self._owned[slot]:
+            raise ValueError(f"slot {slot} holds {self.lengths[slot]} rows: free it first")
+        self._owned[slot] = list(pages)
+        for page in pages:
+            self._owners[page] += 1
+        self._set_rows(slot, 0, len(pages) * self.page, 0)
+        self._write_table(slot)
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget the rows from ``length`` on; the next append overwrites them. The slot's own pages stay reserved.
 

@@ -178,8 +178,8 @@ def attach(
     methods = parse(prefill, "prefill"), parse(decode, "decode")
     HostTier(methods[1], HostMemory(host_memory), select_device)
     link = Attachment(model, *methods, seed, kv_device, host_memory, select_device)
-    modules = _attention_modules(model)
-    _refuse_unsupported(model, modules)
+    modules = attention_modules(model)
+    refuse_unsupported(model, modules)
     implementations = {id(m.config): (m, m.config._attn_implementation) for m in reversed(_submodels(model))}
     for holder in (model, *modules):
         _set(holder, "_keysift", link, link._undo)
@@ -216,7 +216,7 @@ def attention_function(
     Returns:
         Output ``[B, T, H, Dv]``, contiguous, and no attention weights.
     """
-    _refuse_arguments(module, dropout, kwargs)
+    refuse_arguments(module, dropout, kwargs)
     link: Attachment | None = module.__dict__.get("_keysift")
     store: Any = getattr(key, "_keysift_store", None)
     if store is not getattr(value, "_keysift_store", None):
@@ -384,7 +384,7 @@ def _is_sliding_window(function: Callable[..., Any]) -> bool:
     )
 
 
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is not a transformers model: pass what AutoModelForCausalLM loads, not a wrapper"
@@ -397,7 +397,7 @@ def _submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
 
 
-def _refuse_unsupported(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+def refuse_unsupported(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     """Raise ValueError for the first reason why a model's attention would not be computed right."""
     config = model.config.get_text_config(decoder=True)
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -425,7 +425,7 @@ def _refuse_unsupported(model: PreTrainedModel, modules: list[nn.Module]) -> Non
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def _refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias", "cache"):  # the last comes from continuous batching
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name}: keysift does not support it")

@@ -1,0 +1,488 @@
+"""A model over slots: prompts are read into them, and a decode step of all of them is one CUDA graph.
+
+Its attention is an operation that the compiler does not look into, so each decoder layer is compiled whole, once for
+all layers alike. A step always computes all slots, in use or not: a matrix product of one shape gives a row the same
+bits whatever the other rows are, so that an answer does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from keysift import attention as path
+from keysift.cache import Store
+from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
+from keysift.meter import Meter
+from keysift.methods import dense
+from keysift.ops.dense import dense_attention
+from keysift.ops.heads import per_query_head
+from keysift.slots import Slots
+from keysift.types import KV, Ctx, Decode, Prefill, Selection
+
+NAME = "keysift-slots"
+NO_WINDOW = 0
+WARMUP_STEPS = 2  # before a capture: layers and kernels are compiled, and buffers made
+DENSE = dense.Method()
+log = logging.getLogger(__name__)
+
+_served: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Nothing(CacheLayerMixin):
+    """A layer of ``SlotsCache``: transformers asks the cache, and the cache keeps nothing."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        return None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class SlotsCache(Cache):
+    """What a model is given as its cache: new keys and values go to attention as they are, and are written there."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[Nothing() for _ in range(layers)])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class Shape(NamedTuple):
+    """Of a layer's keys and values: KV heads, head dims and dtype."""
+
+    kv_heads: int
+    dim: int
+    v_dim: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token's key and value."""
+        return self.kv_heads * (self.dim + self.v_dim) * self.dtype.itemsize
+
+
+class Reading(NamedTuple):
+    """A part of a prompt that is being read.
+
+    Attributes:
+        slot: where to.
+        first: whether nothing was read before it.
+        last: whether nothing will be read after it.
+        meter: counts what is read.
+    """
+
+    slot: int
+    first: bool
+    last: bool
+    meter: Meter
+
+
+class StepMeter:
+    """Counts the keys that decode steps read, slot by slot, without waiting for the device.
+
+    Attributes:
+        read, cached: (query head, key) pairs so far, fp64 ``[slots]``.
+    """
+
+    measure_error = False
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.read, self.cached = (torch.zeros(slots, dtype=torch.float64, device=device) for _ in range(2))
+
+    def begin(self, slot: int) -> None:
+        """Count anew for a slot."""
+        self.read[slot], self.cached[slot] = 0, 0
+
+    def kept(self, slot: int) -> float | None:
+        """Share of the cached keys that the steps of a slot read; None before one that was counted."""
+        read, cached = float(self.read[slot]), float(self.cached[slot])
+        return read / cached if cached else None
+
+    def add_step(
+        self, kv: KV, heads: int, layer: int, middle: KV | None, selection: Selection | None, scanned: Any
+    ) -> None:
+        """As ``Meter.add_step``."""
+        read = kv.length * heads
+        if middle is not None and selection is not None:
+            read = (kv.length - middle.length) * heads + per_query_head(selection.count, heads, 1).sum(1)
+        self.read += read
+        self.cached += kv.length * heads
+
+
+class ServedModel:
+    """A model whose attention goes through slots until ``close``.
+
+    Attributes:
+        shapes: of the layers' keys and values, as the model makes them.
+        ids: newest token of each slot, which the next step reads, int64 ``[slots, 1]``.
+        logits: of the token after it, as the last step found them, fp32 ``[slots, vocabulary]``.
+        meter: counts what metered steps read.
+        graphed: whether a step is the replay of a graph; None before the first one.
+        compiled: whether layers are compiled; None before the first step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefill: Prefill,
+        decode: Decode,
+        seed: int = 0,
+        compile_layers: bool = True,
+        shared: int | None = None,
+    ) -> None:
+        """Take over a model's attention, until ``close``; ``open`` comes before anything is read.
+
+        Args:
+            prefill, decode: methods.
+            seed: of their draws.
+            compile_layers: on a GPU, have decode steps compiled; without, they are slower and round as the model's
+                own code does.
+            shared: rows with which prompts that share pages begin alike; None if they share none.
+
+        Raises:
+            ValueError: a model that cannot be served correctly; says why.
+        """
+        modules = attention_modules(model)
+        refuse_unsupported(model, modules)
+        self.model, self.seed, self.shared = model, seed, shared
+        self.prefill_method, self.decode_method = prefill, decode
+        self.cache = SlotsCache(model.config.get_text_config(decoder=True).num_hidden_layers)
+        self._layers = decoder_layers(model) if compile_layers and model.device.type == "cuda" else []
+        self._number = next(_numbers)
+        _served[self._number] = self
+        self._before = model.config._attn_implementation
+        for module in modules:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            module.__dict__["_keysift_where"] = torch.tensor([self._number, layer])
+        model.set_attn_implementation(NAME)
+        self._probed: dict[int, Shape] | None = {}
+        try:
+            self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _probe(self) -> None:
+        """Have one token computed, to see what shapes keys and values have: configs do not always say."""
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        with torch.no_grad():
+            out = self.model(input_ids=one, position_ids=one, past_key_values=self.cache, use_cache=True)
+        self.vocabulary = out.logits.shape[-1]
+        assert self._probed is not None
+        self.shapes = [shape for _, shape in sorted(self._probed.items())]
+        self._probed = None
+
+    def open(self, slots: Slots) -> None:
+        """Have keys and values of all sequences go to ``slots``, ``slots.capacity`` rows at most each."""
+        device, self.slots = slots.device, slots
+        self.stores = [Store.in_pages(slots, *shape) for shape in self.shapes]
+        self.ids = torch.zeros(len(slots), 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(len(slots), self.vocabulary, device=device)
+        self.meter = StepMeter(len(slots), device)
+        self.graphed: bool | None = None
+        self.compiled: bool | None = None
+        self._one = torch.ones(len(slots), dtype=torch.int64, device=device)
+        self._idle = torch.ones_like(self._one)  # 1 where a slot takes no part in steps
+        self._active = [False] * len(slots)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._reading: Reading | None = None
+        self._metering = False
+        self._tails: dict[int, Tensor] = {}  # last queries of the prompt that is being read, by layer
+
+    def close(self) -> None:
+        """Give the model its own attention back; memory goes with this object."""
+        if self._number not in _served:
+            return
+        del _served[self._number]
+        self._graph = None
+        for layer in self._layers:
+            layer._compiled_call_impl = None
+        for module in attention_modules(self.model):
+            module.__dict__.pop("_keysift_where", None)
+        self.model.set_attn_implementation(self._before)
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def read(self, slot: int, token_ids: Sequence[int], meter: Meter, last: bool = True) -> Tensor:
+        """Read a part of a prompt into a slot, whose rows are reserved.
+
+        Args:
+            slot: that the parts before it are in, or begun with pages that hold them.
+            token_ids: the part.
+            meter: counts what is read of its keys.
+            last: whether the prompt ends with it.
+
+        Returns:
+            Logits after its last token, fp32 ``[vocabulary]``.
+        """
+        slots, start, tokens = self.slots, self.slots.lengths[slot], len(token_ids)
+        if start == 0 or self._reading is None or self._reading.slot != slot:
+            self._tails.clear()
+        counts = [0] * len(slots)
+        counts[slot] = tokens
+        slots.append(counts)
+        if last:
+            slots.end_prompt(slot)
+        self._reading = Reading(slot, start == 0, last, meter)
+        device = slots.device
+        with torch.no_grad():
+            out = self.model(
+                input_ids=torch.tensor([token_ids], device=device),
+                position_ids=torch.arange(start, start + tokens, device=device)[None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        if last:
+            self._reading = None
+        return out.logits[0, -1].float()
+
+    def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of a part of a prompt, and what the decode method keeps of it."""
+        slot, first, last, meter = self._now_reading()
+        store, which = self.stores[layer], slice(slot, slot + 1)
+        store.write(k, v, which)
+        kv = KV.of(k, v) if first else store.view(which)
+        ctx = Ctx(layer, scale, kv.length - 1, self.seed)
+        method = self.prefill_method if window is None else DENSE
+        out = path.prefill(q, kv, method, ctx, meter if window is None else Meter(), window=window)[0]
+        if window is None and self.decode_method != DENSE and layer not in self.decode_method.dense_layers:
+            tail = self.decode_method.tail
+            newest = torch.cat([self._tails[layer], q], 1) if layer in self._tails else q
+            newest = newest[:, max(0, newest.shape[1] - tail) :]
+            if last:
+                store.begin(self.decode_method, newest, ctx, which, self.shared)
+            else:
+                self._tails[layer] = newest.clone()
+                store.wait(which)
+        return out
+
+    def _now_reading(self) -> Reading:
+        assert self._reading is not None
+        return self._reading
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def activate(self, slot: int, token: int | Tensor) -> None:
+        """Have steps go on with a slot, from ``token`` on."""
+        self.ids[slot] = token
+        self._set_active(slot, True)
+
+    def deactivate(self, slot: int) -> None:
+        """Leave a slot out of further steps."""
+        self._set_active(slot, False)
+
+    def _set_active(self, slot: int, active: bool) -> None:
+        self._active[slot] = active
+        self._idle[slot] = int(not active)
+
+    def step(self, metered: bool = False) -> None:
+        """One more token of the active slots: ``ids`` becomes the likeliest ones, ``logits`` what they were of.
+
+        Each active slot must have a row reserved. With ``metered`` what is read is counted, which on a GPU takes a
+        step of ordinary launches.
+        """
+        reading, self._reading = self._reading, None
+        try:
+            if self.slots.device.type == "cpu":
+                self._step_on_cpu(metered)
+                return
+            if self.graphed is None:
+                self._prepare()
+            if self._graph is None or metered:
+                self._metering = metered
+                self._step()
+                self._metering = False
+            else:
+                self._graph.replay()
+            self.slots.note([int(x) for x in self._active])
+        finally:
+            self._reading = reading
+
+    def _step_on_cpu(self, metered: bool) -> None:
+        """The host knows all lengths, and idle slots are cut again."""
+        lengths = list(self.slots.lengths)
+        self.slots.append(1)
+        self._metering = metered
+        self._forward()
+        self._metering = False
+        for slot, active in enumerate(self._active):
+            if not active:
+                self.slots.truncate(slot, lengths[slot])
+
+    def _step(self) -> None:
+        slots = self.slots
+        with slots.unknown_lengths(slots.capacity), self._compiled():
+            slots.append(self._one)
+            self._forward()
+            slots.length -= self._idle
+
+    def _forward(self) -> None:
+        position = (self.slots.length - 1).clamp(min=0)[:, None]
+        with torch.no_grad():
+            out = self.model(input_ids=self.ids, position_ids=position, past_key_values=self.cache, use_cache=True)
+            self.logits.copy_(out.logits[:, -1])
+            self.ids.copy_(self.logits.argmax(-1, keepdim=True))
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of a decode step."""
+        store = self.stores[layer]
+        store.write(k, v)
+        if window is not None:
+            return dense_attention(q, store.view(), scale, window)
+        ctx = Ctx(layer, scale, self.slots.positions, self.seed)
+        meter: Any = self.meter if self._metering else None
+        return path.decode(q[:, 0], store, self.decode_method, ctx, meter)[0][:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of what the model computes now, ``[B, T, H, D]``; k and v are the new rows."""
+        if self._probed is not None:
+            self._probed[layer] = Shape(k.shape[2], k.shape[3], v.shape[3], k.dtype)
+            return v.new_zeros(*q.shape[:3], v.shape[3])
+        reads = self._read if self._reading is not None else self._decode
+        return reads(layer, q, k, v, window, scale)
+
+    # ---- compilation and graphs -------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Compile and capture a step; what cannot be is left as it is, with a line in the log."""
+        ids, logits = self.ids.clone(), self.logits.clone()
+        self.compiled = bool(self._layers) and self._try("compile", self._compile)
+        if not self.compiled:
+            self._layers = []
+        self.graphed = self._try("capture", self._capture)
+        self.ids.copy_(ids)
+        self.logits.copy_(logits)
+
+    def _try(self, what: str, do: Callable[[], None]) -> bool:
+        try:
+            do()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            log.warning(
+                "%s: cannot %s a decode step, which will be slower: %s", type(self.model).__name__, what, reason
+            )
+            self._graph = None
+            self._take_back()
+            return False
+        return True
+
+    def _compile(self) -> None:
+        """Compile one layer; the others alike share its code. A lone sequence's products are sums over rows of weights,
+        which compiled code does faster than a matrix product."""
+        options = {"coordinate_descent_tuning": len(self.slots) == 1, "triton.cudagraphs": False}
+        for layer in self._layers:
+            layer.compile(fullgraph=True, dynamic=False, options=options)
+            layer.__dict__["_keysift_compiled"] = layer._compiled_call_impl
+            layer._compiled_call_impl = None
+        self._step()
+        self._take_back()
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Layers are compiled within it: prompts, of any length, are read by the model's own code."""
+        config = torch._dynamo.config
+        with config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
+            for layer in self._layers:
+                layer._compiled_call_impl = layer.__dict__.get("_keysift_compiled")
+            try:
+                yield
+            finally:
+                for layer in self._layers:
+                    layer._compiled_call_impl = None
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_STEPS):
+                self._step()
+                self._take_back()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._take_back()
+        self._graph = graph
+
+    def _take_back(self) -> None:
+        """Undo a step that the host was not told of."""
+        for slot, length in enumerate(self.slots.lengths):
+            self.slots.truncate(slot, length)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The model's stack of decoder layers, found by its length; empty where there is no such stack."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next((list(stack) for stack in stacks if len(stack) == count), [])
+
+
+@torch.library.custom_op("keysift::slots_attention", mutates_args=())
+def slots_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, where: Tensor, window: int, scale: float) -> Tensor:
+    """Attention of a layer over slots; ``where`` is the number of the served model and the layer, on the CPU."""
+    number, layer = where.tolist()
+    served = _served[number]
+    q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
+    return served.attend(layer, q, k, v, window or None, scale).contiguous()
+
+
+@slots_attention.register_fake
+def _(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, where: Tensor, window: int, scale: float) -> Tensor:
+    batch, heads, tokens, _ = q_BHTD.shape
+    return q_BHTD.new_empty(batch, tokens, heads, v_BKTD.shape[-1])
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query ``[B, H, T, D]``, new keys and values ``[B, K, T, *]``."""
+    refuse_arguments(module, dropout, kwargs)
+    if not isinstance(attention_mask, Mask):
+        raise ValueError(f"{type(module).__name__} has a mask of its own: keysift cannot serve it over slots")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    where = module._keysift_where
+    return torch.ops.keysift.slots_attention(query, key, value, where, attention_mask.window or NO_WINDOW, scale), None
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)

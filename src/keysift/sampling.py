@@ -1,0 +1,189 @@
+"""Logits to tokens: each sequence of a batch by settings and random numbers of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from keysift.ops.random import uniform
+from keysift.types import check_seed
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is continued, and until when.
+
+    The order is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        temperature: 0 takes the likeliest token every time.
+        top_p: of the likeliest tokens, the fewest that have this mass.
+        top_k: the likeliest so many tokens; 0 for all.
+        min_p: tokens at least so probable as this share of the likeliest one's probability.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens seen in prompt or answer
+            (arXiv:1909.05858).
+        seed: of the draws; the same request with the same seed gets the same tokens, whatever else is in the batch.
+        stop: strings that end an answer, which goes up to the first of them.
+        stop_token_ids: tokens that end it, besides the model's own end-of-sequence tokens.
+        ignore_eos: go on past end-of-sequence tokens.
+        logprobs: report the log probability of each token and of the so many likeliest ones, by the model's own logits;
+            None for none.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop={self.stop!r}: pass a tuple of strings")
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "1 or more, or 0 for all"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
+        )
+        for name, holds, able in rules:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {able}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken as the model's logits say."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+MOST_LOGPROBS = 100
+
+
+class Logprobs(NamedTuple):
+    """Of one token of an answer.
+
+    Attributes:
+        token: log probability of the token that was taken.
+        top: of the likeliest tokens, by their ids, the likeliest first.
+    """
+
+    token: float
+    top: dict[int, float]
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Logits ``[B, V]`` with those of tokens ``seen`` (bool ``[B, V]``) made less likely by ``penalty``, fp32 ``[B]``."""
+    factor = penalty[:, None]
+    return torch.where(seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
+
+
+def likeliest(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Probabilities of the tokens that may be drawn, 0 for others.
+
+    Args:
+        logits: fp32 ``[B, V]``.
+        temperature, top_p, min_p: fp32 ``[B]``; temperature is above 0.
+        top_k: int64 ``[B]``; 0 for all.
+
+    Returns:
+        Probabilities in falling order, fp64 ``[B, V]``, and the tokens they belong to, int64 ``[B, V]``.
+    """
+    ordered, token = torch.sort(logits, dim=-1, descending=True, stable=True)
+    p = (ordered.double() / temperature.double()[:, None]).softmax(-1)
+    rank = torch.arange(p.shape[1], device=p.device)
+    p = p.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], 0)
+    p = p / p.sum(-1, keepdim=True)
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= top_p.double()[:, None], 0)
+    p = p.masked_fill(p < min_p.double()[:, None] * p[:, :1], 0)
+    return p / p.sum(-1, keepdim=True), token
+
+
+def drawn(p: Tensor, token: Tensor, u: Tensor) -> Tensor:
+    """Tokens ``[B]`` by uniform numbers ``u`` in (0, 1), ``[B]``, of what ``likeliest`` returns."""
+    reached = p.cumsum(-1)
+    place = torch.searchsorted(reached, (u.double() * reached[:, -1])[:, None])
+    last = (p > 0).sum(-1, keepdim=True) - 1
+    return token.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+class Sampler:
+    """The settings of every slot's request, where the logits are."""
+
+    def __init__(self, slots: int, vocabulary: int, device: torch.device) -> None:
+        self.device, self.vocabulary = device, vocabulary
+        self._params: list[SamplingParams | None] = [None] * slots
+        self._seen: Tensor | None = None  # [slots, V], once a request has a penalty
+
+    def begin(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Have ``slot`` continue ``prompt``."""
+        self._params[slot] = params
+        if params.repetition_penalty != 1 and self._seen is None:
+            self._seen = torch.zeros(len(self._params), self.vocabulary, dtype=torch.bool, device=self.device)
+        if self._seen is not None:
+            self._seen[slot] = False
+            self._seen[slot, torch.tensor(prompt, device=self.device)] = True
+
+    def end(self, slot: int) -> None:
+        self._params[slot] = None
+
+    def tokens(self, logits: Tensor, slots: Sequence[int], places: Sequence[int]) -> Tensor:
+        """The next token of some slots, int64 ``[n]``.
+
+        Args:
+            logits: of these slots, fp32 ``[n, V]``.
+            places: how many tokens each of them has so far; with its seed, that is what a draw depends on.
+        """
+        params = [self._params[slot] for slot in slots]
+        assert all(params)
+        chosen = logits.argmax(-1)
+        apart = [i for i, x in enumerate(params) if x is not None and not x.greedy]
+        if apart:
+            index = torch.tensor(apart, device=self.device)
+            chosen[index] = self._drawn(logits[index], [slots[i] for i in apart], [places[i] for i in apart])
+        if self._seen is not None:
+            self._seen[torch.tensor(slots, device=self.device), chosen] = True
+        return chosen
+
+    def _drawn(self, logits: Tensor, slots: list[int], places: list[int]) -> Tensor:
+        params = [x for x in (self._params[slot] for slot in slots) if x is not None]
+
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([getattr(x, name) for x in params], dtype=dtype, device=self.device)
+
+        if self._seen is not None:
+            logits = penalised(
+                logits, self._seen[torch.tensor(slots, device=self.device)], column("repetition_penalty")
+            )
+        temperature = column("temperature")
+        cold = temperature == 0
+        p, token = likeliest(
+            logits, temperature.masked_fill(cold, 1), column("top_k", torch.int64), column("top_p"), column("min_p")
+        )
+        u = uniform(column("seed", torch.int64), torch.tensor(places, device=self.device))
+        return torch.where(cold, token[:, 0], drawn(p, token, u))
+
+
+def logprobs_of(logits: Tensor, token: int, top: int) -> Logprobs:
+    """The log probability of a token and of the ``top`` likeliest, by logits ``[V]``."""
+    log_p = logits.double().log_softmax(-1)
+    values, ids = log_p.topk(top)
+    return Logprobs(float(log_p[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
