@@ -34,7 +34,8 @@ Prompt = str | Sequence[int]
 OnText = Callable[["Delta"], None]
 
 
-class Delta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Delta:
     """What an answer grew by.
 
     Attributes:
@@ -73,7 +74,8 @@ class GenerationStats(NamedTuple):
     accepted_per_round: float | None = None
 
 
-class RequestOutput(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
     """An answer.
 
     Attributes:
@@ -256,7 +258,7 @@ class LLM:
         if len(each) != len(several):
             raise ValueError(f"{len(each)} SamplingParams for {len(several)} prompts: pass one, or one for each")
         begin = self._submitted
-        tell = None if on_text is None else lambda delta: on_text(delta._replace(index=delta.index - begin))
+        tell = None if on_text is None else lambda delta: on_text(replace(delta, index=delta.index - begin))
         requests = [self._request(prompt, p, tell) for prompt, p in zip(several, each, strict=True)]
         for request in requests:
             self._submit(request)
@@ -269,7 +271,7 @@ class LLM:
             for request in requests:
                 self.abort(request.index)
             raise
-        return [done[request.index]._replace(index=request.index - begin) for request in requests]
+        return [replace(done[request.index], index=request.index - begin) for request in requests]
 
     def chat(
         self,

@@ -50,8 +50,6 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop={self.stop!r}: pass a tuple of strings")
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
@@ -59,7 +57,7 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "1 or more, or 0 for all"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
         )
         for name, holds, able in rules:
@@ -88,7 +86,7 @@ class Logprobs(NamedTuple):
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Logits ``[B, V]`` with those of tokens ``seen`` (bool ``[B, V]``) made less likely by ``penalty``, fp32 ``[B]``."""
+    """Logits ``[B, V]``, those of tokens ``seen`` (bool ``[B, V]``) made less likely by ``penalty``, fp32 ``[B]``."""
     factor = penalty[:, None]
     return torch.where(seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
 
