@@ -1,8 +1,9 @@
 """Long-context LLM inference that reads fewer keys: sparse attention for any Hugging Face decoder."""
 
-from keysift.engine import LLM, RequestOutput
+from keysift.engine import LLM
 from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention, prefill_attention_varlen
 from keysift.hf import Attachment, KVCache, attach, detach, patch_model
+from keysift.requests import RequestOutput
 from keysift.sampling import SamplingParams
 from keysift.types import Stats
 

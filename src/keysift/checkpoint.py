@@ -40,8 +40,11 @@ def pick_dtype(name: str, device: torch.device) -> Any:
     return getattr(torch, name)
 
 
-def load(name: str, device: torch.device, dtype: Any) -> tuple[Any, Any]:
-    """The causal LM and the tokenizer of a folder or, where there is no such folder, of a Hugging Face hub id."""
+def load(name: str, device: torch.device, dtype: Any, ranks: int = 1) -> tuple[Any, Any]:
+    """The causal LM and the tokenizer of a folder or, where there is no such folder, of a Hugging Face hub id.
+
+    With several ``ranks`` each of them calls this, having met the others, and gets its part of the weights.
+    """
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -49,6 +52,8 @@ def load(name: str, device: torch.device, dtype: Any) -> tuple[Any, Any]:
     with one_error(name, "configuration", local):
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
     check_causal(name, config)
+    if local and not any(Path(name).glob("*.safetensors")):
+        raise ValueError(f"model={name} has no safetensors: pickled weights could run anything, so convert them first")
     if local and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ValueError(f"model={name} has no tokenizer: its files (tokenizer.json, ...) belong beside config.json")
     with one_error(name, "tokenizer", local):
@@ -57,13 +62,39 @@ def load(name: str, device: torch.device, dtype: Any) -> tuple[Any, Any]:
         raise ValueError(f"model={name} has no tokenizer: its files (tokenizer.json, ...) belong beside config.json")
     with one_error(name, "weights", local):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, local_files_only=local
+            name,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=local,
+            use_safetensors=True,
+            **(sharded(ranks) if ranks > 1 else {}),
         )
         model, report = loaded
-        model = model.to(device).eval()
+        model = (model if ranks > 1 else model.to(device)).eval()
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"model={name} lacks {len(missing)} weights, the first is {missing[0]}")
     return model, tokenizer
+
+
+def sharded(ranks: int) -> dict[str, Any]:
+    """Arguments that have transformers load a part of the weights, as its releases call them."""
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
+    except (ImportError, TypeError):
+        return {"tp_plan": "auto"}
+
+
+def check_ranks(name: str, ranks: int) -> None:
+    """Raise ValueError unless a model's KV heads can be dealt out to so many processes."""
+    with one_error(name, "configuration", is_folder(name)):
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=is_folder(name)).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if ranks < 1 or heads % ranks:
+        able = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(f"tensor_parallel={ranks}: the model has {heads} KV heads; choose {able}")
 
 
 def is_folder(name: str) -> bool:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keysift.checkpoint import chat_text, context_tokens, load, pick_device, pick_dtype
+from keysift.checkpoint import chat_text, context_tokens
+from keysift.hf.parallel import least
 from keysift.hf.served import ServedModel
-from keysift.meter import Meter
 from keysift.methods import parse
 from keysift.offload import free_bytes, free_device_bytes
 from keysift.prefixes import Prefixes
-from keysift.sampling import Logprobs, Sampler, SamplingParams, logprobs_of
+from keysift.ranks import Ranks, deal_out_once
+from keysift.requests import Delta, GenerationStats, OnText, Request, RequestOutput
+from keysift.sampling import Sampler, SamplingParams, logprobs_of
 from keysift.slots import Slots, check_page
 from keysift.text import Detokenizer
 from keysift.types import check_seed
+from keysift.workers import serve
 
 MAX_BATCH = {"cuda": 16, "cpu": 1}
 CHUNK = 2048  # tokens of a prompt that are read at a time where beginnings are shared
@@ -31,91 +34,7 @@ HOST_SHARE = 0.5  # of free memory, on a CPU
 METERED = 256  # on a GPU one step of so many is counted
 
 Prompt = str | Sequence[int]
-OnText = Callable[["Delta"], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What an answer grew by.
-
-    Attributes:
-        index: of the request.
-        text: that became certain; may be empty.
-        token_ids: that came.
-        finished: whether this is the end.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finished: bool
-
-
-class GenerationStats(NamedTuple):
-    """What a request took. None where it does not apply.
-
-    Attributes:
-        prompt_tokens, new_tokens: of the request.
-        reused_tokens: of the prompt, that were found read.
-        ttft_s: from the call to the first token, waiting included.
-        tokens_per_s: after the first.
-        prefill_density: share of the causal triangle of what was read of the prompt.
-        kept_fraction: share of the cached keys read by new tokens; on a GPU a sample of steps is counted.
-        accepted_per_round: of drafted tokens.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    reused_tokens: int
-    ttft_s: float | None
-    tokens_per_s: float | None
-    prefill_density: float | None
-    kept_fraction: float | None
-    accepted_per_round: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """An answer.
-
-    Attributes:
-        index: of the request, in the order of submission.
-        text: without special tokens, up to a stop string; empty without a tokenizer.
-        token_ids: all new tokens, the one that ended it included.
-        finish_reason: "eos", "stop" (a stop string or stop token), "length", or "aborted".
-        logprobs: of each new token, if asked for.
-        stats: what it took.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[Logprobs] | None
-    stats: GenerationStats
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt, and how far its answer is."""
-
-    index: int
-    prompt: list[int]
-    params: SamplingParams
-    text: Detokenizer
-    on_text: OnText | None
-    submitted: float
-    logprobs: list[Logprobs] = field(default_factory=list)
-    meter: Meter = field(default_factory=Meter)
-    reused: int = 0
-    first_token: float | None = None
-    last_token: float | None = None
-    reason: str | None = None
-
-    @property
-    def rows(self) -> int:
-        """Rows that it may need: its last token is never read."""
-        return len(self.prompt) + self.params.max_new_tokens
+PROGRAM = "from keysift.engine import work; work()"  # of the other processes
 
 
 class LLM:
@@ -146,6 +65,7 @@ class LLM:
         prefill_chunk: int | None = None,
         reuse_prefixes: bool = False,
         compile_layers: bool = True,
+        tensor_parallel: int | None = None,
         seed: int = 0,
     ) -> None:
         """Load a model and make room for its sequences.
@@ -164,6 +84,8 @@ class LLM:
             reuse_prefixes: keep what was read, in whole chunks, for prompts that begin alike. A hit gives what a cold
                 run gives, to the bit.
             compile_layers: on a GPU, compile decode steps.
+            tensor_parallel: processes that share the model, a GPU each, started here; under torchrun those it has
+                started, which all make the same calls. A loaded model is dealt out under torchrun alone.
             seed: of the methods' draws.
 
         Raises:
@@ -183,9 +105,14 @@ class LLM:
             raise ValueError(
                 "reuse_prefixes and mode=seed, which hashes keys by the mean of the whole prompt: choose one"
             )
+        self._ranks: Ranks | None = None
         if isinstance(model, (str, Path)):
-            where = pick_device(device)
-            self.model, self.tokenizer = load(str(model), where, pick_dtype(dtype, where))
+            options = {name: x for name, x in locals().items() if name in _OF_WORKERS}
+            self._ranks = Ranks(str(model), device, dtype, tensor_parallel, PROGRAM, options)
+            self.model, self.tokenizer = self._ranks.model, self._ranks.tokenizer
+        elif (tensor_parallel or 1) > 1:
+            deal_out_once(model, tensor_parallel)
+            self.model, self.tokenizer = model, tokenizer
         else:
             self.model, self.tokenizer = model, tokenizer
         self.prefill_chunk, self.max_batch = prefill_chunk, max_batch or MAX_BATCH.get(self.model.device.type, 1)
@@ -194,6 +121,7 @@ class LLM:
             self.max_length = self._make_slots(page, max_length, kv_memory)
         except BaseException:
             self.served.close()
+            self._end_ranks()
             raise
         self.prefixes = Prefixes(self.slots, prefill_chunk) if reuse_prefixes and prefill_chunk else None
         self.sampler = Sampler(self.max_batch, self.served.vocabulary, self.model.device)
@@ -202,6 +130,15 @@ class LLM:
         self._running: dict[int, Request] = {}  # by slot, the one that is being read included
         self._reading: int | None = None
         self._submitted = self._steps = 0
+
+    def _end_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _tell(self, *call: Any) -> None:
+        """Have the other processes do what this one is about to."""
+        if self._ranks is not None:
+            self._ranks.tell(*call)
 
     def _make_slots(self, page: int, max_length: int | None, kv_memory: int | None) -> int:
         """Slots within the memory there is; returns how long sequences may be."""
@@ -218,6 +155,7 @@ class LLM:
             free = free_device_bytes(device) - SPARE_BYTES if on_gpu else int(HOST_SHARE * free_bytes())
             kv_memory = max(0, free)
         pages = int(kv_memory / (page * (row + sides)))
+        pages = least(pages)
         known = context_tokens(self.model.config)
         wanted = max_length or known or (pages - 1) * page
         per_slot = -(-wanted // page)
@@ -297,7 +235,12 @@ class LLM:
         self._submit(request)
         return request.index
 
+    def follow(self, prompt: list[int], params: SamplingParams) -> None:
+        """What a worker does when a request is submitted to the first process."""
+        self._submit(self._request(prompt, params, None))
+
     def _submit(self, request: Request) -> None:
+        self._tell("follow", request.prompt, request.params)
         request.index = self._submitted
         self._submitted += 1
         self._waiting.append(request)
@@ -328,6 +271,8 @@ class LLM:
 
     def abort(self, index: int) -> RequestOutput | None:
         """End a request now; its answer so far, or None if it is not at work."""
+        if self._ranks is None or not self._ranks.broken:
+            self._tell("abort", index)
         for request in list(self._waiting):
             if request.index == index:
                 self._waiting.remove(request)
@@ -347,6 +292,7 @@ class LLM:
         for request in [*self._waiting, *self._running.values()]:
             self.abort(request.index)
         self.served.close()
+        self._end_ranks()
 
     def __enter__(self) -> LLM:
         return self
@@ -359,6 +305,15 @@ class LLM:
     def step(self) -> list[RequestOutput]:
         """Read a part of a prompt if one waits and a slot is free, and have one more token of every answer; returns
         the answers that were finished."""
+        self._tell("step")
+        try:
+            return self._step()
+        except RuntimeError as error:
+            if self._ranks is not None and self._ranks.died():
+                raise RuntimeError(self._ranks.broken) from error
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         finished = self._read() if self._reading is not None or self._admit() else []
         answering = [slot for slot in self._running if slot != self._reading]
         if answering:
@@ -475,6 +430,17 @@ class LLM:
         stats = GenerationStats(len(request.prompt), len(ids), request.reused, ttft, rate, density, kept)
         logprobs = None if request.params.logprobs is None else request.logprobs
         return RequestOutput(request.index, request.text.text, ids, reason, logprobs, stats)
+
+
+def work() -> None:
+    """What the processes of ``LLM(tensor_parallel=N)`` run."""
+    serve(lambda options: LLM(**options))
+
+
+_OF_WORKERS = (
+    *("model", "prefill", "decode", "device", "dtype", "max_batch", "max_length", "kv_memory", "page"),
+    *("prefill_chunk", "reuse_prefixes", "compile_layers", "seed"),
+)
 
 
 def _eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from keysift.cli.stream import Stream
+from keysift.requests import Delta
 
 from .conftest import CONTEXT, Result, byte_tokenizer, with_template
 
@@ -135,14 +136,15 @@ def test_chat_applies_the_template(cli: Cli, folders: dict[str, Path], tmp_path:
 def test_an_interrupt_leaves_the_json_object_with_what_there_was(
     cli: Cli, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = Stream.put
+    take, seen = Stream.take, []
 
-    def interrupted_put(self: Stream, value: torch.Tensor) -> None:
-        if len(self.token_ids) == 4:
+    def interrupted_take(self: Stream, delta: Delta) -> None:
+        seen.append(delta)
+        if len(seen) == 5:
             signal.raise_signal(signal.SIGINT)
-        put(self, value)
+        take(self, delta)
 
-    monkeypatch.setattr(Stream, "put", interrupted_put)
+    monkeypatch.setattr(Stream, "take", interrupted_take)
     result = cli("generate", "--model", folders["model"], "--prompt", "x", "--max-new-tokens", 500, "--json")
     out = json.loads(result.out)
     assert result.code == 130
@@ -156,8 +158,9 @@ def test_an_interrupt_in_prefill_ends_it_there(
     finished = []
 
     def interrupted_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        signal.raise_signal(signal.SIGINT)
-        finished.append(hidden)
+        if hidden.shape[1] > 1:  # not the token with which the engine looks at the model
+            signal.raise_signal(signal.SIGINT)
+            finished.append(hidden)
         return hidden
 
     monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward", interrupted_norm)

@@ -11,7 +11,8 @@ import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from keysift.cli.stream import Stream, decoder_layers, prefill_bar
+from keysift.cli.stream import Stream, prefill_bar
+from keysift.hf.served import decoder_layers
 
 from .conftest import byte_tokenizer, qwen
 
@@ -76,7 +77,8 @@ def test_half_a_character_at_the_end_is_shown_as_such() -> None:
 def test_speed_counts_the_tokens_after_the_first() -> None:
     stream = Stream(byte_tokenizer(), lambda text: None, on_first_token=lambda: None)
     assert stream.speed(start=0.0) == {"ttft_s": None, "tokens_per_s": None}
-    stream.token_ids, stream.first_time, stream.last_time = [1, 2, 3, 4, 5], 12.0, 14.0
+    stream.first_time, stream.last_time = 12.0, 14.0
+    stream.token_ids.extend([1, 2, 3, 4, 5])
     assert stream.speed(start=10.0) == {"ttft_s": 2.0, "tokens_per_s": 2.0}
 
 

@@ -96,8 +96,8 @@ def measure(
                 if not shape.batch:
                     raise torch.OutOfMemoryError("not even one sequence fits")
                 _fill(row, model, setup, method)
-                baseline = baseline or row
-                if baseline.step_ms and row.step_ms:
+                baseline = row if method == DENSE else baseline
+                if baseline is not None and baseline.step_ms and row.step_ms:
                     row.speedup = baseline.step_ms / row.step_ms
             except Exception as error:  # kernels fail in many ways, and one row must not end the others
                 row.status, row.reason = failure(error)
@@ -145,7 +145,7 @@ def _fill(row: Row, model: Any, setup: Setup, method: Any) -> None:
         if on_gpu and not _as_eager(graph):
             row.status, row.reason = "wrong", "a replayed step gives other tokens than an eager one"
             return
-        times = [_timed_ms(graph.step, on_gpu) for _ in range(WARMUP + setup.steps)][WARMUP:]
+        times = [timed_ms(graph.step, on_gpu) for _ in range(WARMUP + setup.steps)][WARMUP:]
     row.step_ms = statistics.median(times)
     row.tokens_per_s = row.batch * 1e3 / row.step_ms
     if on_gpu:
@@ -193,7 +193,7 @@ def _as_eager(graph: StepGraph) -> bool:
     return bool(torch.equal(*found))
 
 
-def _timed_ms(step: Callable[[], None], on_gpu: bool) -> float:
+def timed_ms(step: Callable[[], None], on_gpu: bool) -> float:
     if not on_gpu:
         begin = time.perf_counter()
         step()

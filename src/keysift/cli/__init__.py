@@ -15,7 +15,7 @@ import torch
 import typer
 
 from keysift import __version__
-from keysift.cli import bench, bench_decode, bench_hybrid, bench_steps, generate, info, inspect, methods
+from keysift.cli import bench, bench_decode, bench_generate, bench_hybrid, bench_steps, generate, info, inspect, methods
 from keysift.cli import eval as evaluation
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("inspect")(inspect.command)
 app.add_typer(bench.app, name="bench")
 bench.app.command("decode")(bench_decode.command)
 bench.app.command("steps")(bench_steps.command)
+bench.app.command("generate")(bench_generate.command)
 bench.app.command("hybrid")(bench_hybrid.command)
 app.command("methods")(methods.command)
 app.command("info")(info.command)

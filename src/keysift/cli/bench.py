@@ -434,7 +434,10 @@ def print_reasons(rows: Sequence[Any]) -> None:
 
 def case(row: Any) -> str:
     """What a row measured, in words."""
-    size = f"{row.batch}x{row.context}" if hasattr(row, "context") else f"{row.length:,}"
+    if hasattr(row, "length"):
+        size = f"{row.length:,}"
+    else:
+        size = str(row.shape) if hasattr(row, "shape") else f"{row.batch}x{row.context}"
     backend = getattr(row, "backend", "auto")
     return f"{size} {row.method}" + ("" if backend == "auto" else f" on {backend}")
 

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
 from keysift.hf.attach import KV_DEVICES
 from keysift.methods import parse
 from keysift.offload import SELECT_DEVICES
+from keysift.sampling import SamplingParams
 from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
@@ -50,6 +52,14 @@ def command(
     ] = None,
     temperature: Annotated[float, option(metavar="T", help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, option(metavar="P", help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, option(metavar="N", help="Sample from the likeliest N tokens; 0 for all.")] = 0,
+    min_p: Annotated[
+        float, option(metavar="P", help="Sample from tokens at least this share as probable as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None, option(metavar="R", show_default="the model's, or 1", help="Make tokens seen before less likely.")
+    ] = None,
+    stop: Annotated[list[str] | None, option(metavar="TEXT", help="End before this text; may be repeated.")] = None,
     seed: Annotated[int, option(metavar="N", help="For sampling, and for methods that draw.")] = 0,
     chat: options.Chat = False,
     device: options.Device = "auto",
@@ -68,9 +78,7 @@ def command(
 ) -> None:
     """Continue a prompt. The text goes to standard output as it comes, all else to standard error."""
     methods = {"prefill": parse(prefill, "prefill"), "decode": parse(decode, "decode")}
-    choice = sampling(temperature, top_p)
-    check_range("seed", seed, 0, 2**63 - 1)
-    check_range("max_new_tokens", max_new_tokens, 1)
+    choice = sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, max_new_tokens)
     check_range("prefill_chunk", prefill_chunk, 1)
     one_of("kv_device", kv_device, KV_DEVICES)
     one_of("select_device", select_device, SELECT_DEVICES)
@@ -84,17 +92,29 @@ def command(
     inputs = encode(tokenizer, text, chat, lm.get_input_embeddings().num_embeddings)
     allowed = new_tokens_allowed(lm.config, inputs["input_ids"].shape[-1], max_new_tokens, DEFAULT_NEW_TOKENS)
 
-    arguments = {
-        **{key: value.to(where) for key, value in inputs.items()},
-        **choice,
-        "prefill_chunk_size": prefill_chunk,
-        "max_new_tokens": allowed,
-    }
-    torch.manual_seed(seed)
-    limit = None if host_memory is None else max(1, int(host_memory * 2**30))
-    where_kv: dict[str, Any] = {"kv_device": kv_device, "host_memory": limit, "select_device": select_device}
-    with keysift.attach(lm, **methods, seed=seed, **where_kv) as attachment:
-        out = run(lm, tokenizer, arguments, attachment, console, no_text if as_json else write)
+    show = no_text if as_json else write
+    if kv_device == "cpu":
+        limit = None if host_memory is None else max(1, int(host_memory * 2**30))
+        attached = keysift.attach(
+            lm, **methods, seed=seed, kv_device="cpu", host_memory=limit, select_device=select_device
+        )
+        arguments = {
+            **{key: value.to(where) for key, value in inputs.items()},
+            **as_transformers(choice),
+            "prefill_chunk_size": prefill_chunk,
+            "max_new_tokens": allowed,
+        }
+        torch.manual_seed(seed)
+        with attached as attachment:
+            out = run_attached(lm, tokenizer, arguments, attachment, console, show)
+    else:
+        ids = inputs["input_ids"][0].tolist()
+        if repetition_penalty is None:
+            penalty = getattr(lm.generation_config, "repetition_penalty", None) or 1.0
+            choice = replace(choice, repetition_penalty=penalty)
+        length: dict[str, Any] = {"max_batch": 1, "max_length": len(ids) + allowed, "prefill_chunk": prefill_chunk}
+        with keysift.LLM(lm, tokenizer=tokenizer, **methods, **length, seed=seed) as llm:
+            out = run(llm, ids, replace(choice, max_new_tokens=allowed), console, show)
     if as_json:
         print(json.dumps(out._asdict()))
     else:
@@ -108,18 +128,69 @@ def check_range(name: str, value: int | None, low: int, high: float = math.inf) 
         raise ValueError(f"{name}={value}: choose {low} or more" + (f", up to {high}" if high < math.inf else ""))
 
 
-def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+def sampling(
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float | None,
+    seed: int,
+    stop: list[str] | None,
+    max_new_tokens: int | None,
+) -> SamplingParams:
+    """The options checked, each by its own name."""
+    given: dict[str, Any] = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+    given |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=tuple(stop or ()), **given
+    )
+
+
+def as_transformers(params: SamplingParams) -> dict[str, Any]:
     """Arguments of ``generate()``; what they do not name stays as the model's own generation config has it."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: choose 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
-    if temperature == 0:
+    if params.stop:
+        raise ValueError("--stop: not with --kv-device cpu")
+    if params.temperature == 0:
         return {"do_sample": False, "num_beams": 1}
-    return {"do_sample": True, "num_beams": 1, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    names = ("temperature", "top_p", "top_k", "min_p")
+    return {"do_sample": True, "num_beams": 1, **{name: getattr(params, name) for name in names}}
 
 
 def run(
+    llm: keysift.LLM,
+    ids: list[int],
+    params: SamplingParams,
+    console: Console,
+    write: Callable[[str], None],
+) -> Generation:
+    """Generate, with a bar over prefill and the text as it comes; Ctrl-C ends it early and keeps what there is."""
+    chunks, interrupted = math.ceil(len(ids) / (llm.prefill_chunk or len(ids))), False
+    start = time.perf_counter()
+    with prefill_bar(llm.model, len(ids), chunks, console) as end_bar:
+        stream = Stream(None, write, on_first_token=end_bar)
+        index, done = llm.submit(ids, params, stream.take), list[keysift.RequestOutput]()
+        try:
+            with stop_between_tokens(stream):
+                while not done:
+                    done = llm.step()
+        except KeyboardInterrupt:
+            interrupted = True
+            done = [x for x in [llm.abort(index)] if x is not None]
+    out = done[0]
+    if out.text and not out.text.endswith("\n"):
+        write("\n")
+    stats = {
+        "ttft_s": None if stream.first_time is None else stream.first_time - start,
+        "tokens_per_s": out.stats.tokens_per_s,
+        "prefill_density": out.stats.prefill_density,
+        "kept_fraction": out.stats.kept_fraction,
+        "prompt_tokens": len(ids),
+        "new_tokens": len(out.token_ids),
+    }
+    return Generation(out.text, out.token_ids, stats, interrupted)
+
+
+def run_attached(
     lm: Any,
     tokenizer: Any,
     arguments: dict[str, Any],
@@ -127,7 +198,7 @@ def run(
     console: Console,
     write: Callable[[str], None],
 ) -> Generation:
-    """Generate, with a bar over prefill and the text as it comes; Ctrl-C ends it early and keeps what there is."""
+    """The same by transformers' ``generate()``, which keys and values in host memory need."""
     prompt_tokens = arguments["input_ids"].shape[-1]
     chunks = math.ceil(prompt_tokens / (arguments["prefill_chunk_size"] or prompt_tokens))
     interrupted = False

@@ -10,48 +10,63 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-INCOMPLETE = "\ufffd"  # how tokenizers decode bytes that are not a whole character yet
+from keysift.hf.served import decoder_layers
+from keysift.requests import Delta
+from keysift.text import Detokenizer
 
 
 class Stream:
-    """A streamer for ``generate()``: keeps the tokens and their times, and writes their text as it becomes certain.
-
-    A character can span tokens, and a token's text can depend on the one before it (leading spaces). So a few tokens
-    are decoded again with every new one, and what ends in half a character waits.
-    """
+    """What a terminal is shown of an answer as it comes, and when it came; a streamer for ``generate()`` too."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None], on_first_token: Callable[[], None]) -> None:
-        self.token_ids: list[int] = []
         self.first_time: float | None = None
         self.last_time: float | None = None
-        self._tokenizer, self._write, self._on_first_token = tokenizer, write, on_first_token
         self.interrupted = False
+        self._text = Detokenizer(tokenizer)
+        self._write, self._on_first_token = write, on_first_token
         self._saw_prompt = False
-        self._context = 0  # decoding starts here, so that text after `_written` comes out as in its sentence
-        self._written = 0  # the text of the tokens before this one is written
 
     def put(self, value: Tensor) -> None:
         if not self._saw_prompt:  # generate() hands over the prompt before the first new token
             self._saw_prompt = True
             return
-        self.last_time = time.perf_counter()
-        if self.first_time is None:
-            self.first_time = self.last_time
-            self._on_first_token()
-        self.token_ids += value.flatten().tolist()
-        self._advance(final=False)
+        self._note_time()
+        for token in value.flatten().tolist():
+            self._show(self._text.add(token))
         if self.interrupted:
             raise KeyboardInterrupt
 
     def end(self) -> None:
         """Write what was waiting; more calls do nothing."""
-        self._advance(final=True)
+        self._show(self._text.end())
+
+    def take(self, delta: Delta) -> None:
+        """The same from the engine, which keeps the text itself."""
+        if not delta.finished or self.first_time is None:
+            self._note_time()
+        self._show(delta.text)
+        if self.interrupted and not delta.finished:
+            raise KeyboardInterrupt
+
+    def _note_time(self) -> None:
+        self.last_time = time.perf_counter()
+        if self.first_time is None:
+            self.first_time = self.last_time
+            self._on_first_token()
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._write(text)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._text.token_ids
 
     @property
     def text(self) -> str:
-        return self.decode(self.token_ids)
+        return self._text.text
 
     def speed(self, start: float) -> dict[str, float | None]:
         """Seconds from ``start`` to the first token, and tokens per second after it; None where there were too few."""
@@ -59,16 +74,6 @@ class Stream:
             return {"ttft_s": None, "tokens_per_s": None}
         after, seconds = len(self.token_ids) - 1, self.last_time - self.first_time
         return {"ttft_s": self.first_time - start, "tokens_per_s": after / seconds if seconds > 0 else None}
-
-    def decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _advance(self, final: bool) -> None:
-        before = self.decode(self.token_ids[self._context : self._written])
-        after = self.decode(self.token_ids[self._context :])
-        if len(after) > len(before) and (final or not after.endswith(INCOMPLETE)):
-            self._write(after[len(before) :])
-            self._context, self._written = self._written, len(self.token_ids)
 
 
 @contextmanager
@@ -87,13 +92,6 @@ def stop_between_tokens(stream: Stream) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The model's stack of decoder layers, found by its length; empty where there is no such stack."""
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((list(stack) for stack in stacks if len(stack) == count), [])
 
 
 @contextmanager
