@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import keysift
 from keysift import LLM, SamplingParams, pocket
+from keysift.sampling import Sampler
 from tests.tiny_models import MODELS, SIZES, build, tiny
 
 PAGE, NAME = 16, "llama-llama3-rope-gqa"
@@ -76,7 +77,7 @@ def assert_all_is_free(llm):
     assert llm.unfinished == 0
     assert llm.slots.lengths == [0] * len(llm.slots)
     if llm.prefixes is not None:
-        llm.prefixes.make_room(llm.slots.pages)
+        llm.prefixes.clear()
     assert llm.slots.free_pages == llm.slots.pages - 1
 
 
@@ -131,7 +132,7 @@ def test_greedy_tokens_are_those_of_generate(name, chunk):
     assert len({token for own in tokens for token in own}) > 10
 
 
-def check_any_batch(spec, n, seed, most_new, **options):
+def check_any_batch(spec, n, seed, most_new, to_the_bit=True, **options):
     prompts, params = some_requests(n, seed, most_new)
     with engine(decode=spec, **options) as llm:
         together = llm.generate(prompts, params)
@@ -139,7 +140,9 @@ def check_any_batch(spec, n, seed, most_new, **options):
         alone = [llm.generate([prompt], x)[0] for prompt, x in zip(prompts, params, strict=True)]
         assert_all_is_free(llm)
     assert [out.index for out in together] == [*range(n)]
-    assert answers(together) == answers(alone)
+    assert [out.token_ids for out in together] == [out.token_ids for out in alone]
+    if to_the_bit:
+        assert answers(together) == answers(alone)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +156,15 @@ def test_requests_in_a_batch_get_the_tokens_they_get_alone(method, chunk):
 @pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("method", DECODE)
 def test_hundreds_of_requests_get_the_tokens_they_get_alone(method, seed):
-    check_any_batch(DECODE[method], 200, seed, 30, max_batch=5, prefill_chunk=[None, 32][seed % 2])
+    check_any_batch(DECODE[method], 200, seed, 15, max_batch=5, prefill_chunk=[None, 32][seed % 2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "glm-4-9b", "mixtral"])
 @pytest.mark.parametrize("method", ["dense", "quest"])
 def test_requests_to_other_models_get_the_tokens_they_get_alone(name, method):
-    check_any_batch(DECODE[method], 30, 4, 30, model=tiny(name), prefill_chunk=32)
+    whole = name != "mixtral"  # an expert's product is of as many rows as come to it, so its last bits may differ
+    check_any_batch(DECODE[method], 30, 4, 30, whole, model=tiny(name), prefill_chunk=32)
 
 
 def test_a_short_sequence_is_read_alike_beside_a_long_one():
@@ -256,6 +260,17 @@ def test_a_seed_gives_its_tokens_in_any_batch():
     assert len({tuple(tokens) for tokens in alone}) == 4
 
 
+def test_draws_are_the_samplers_by_seed_and_place():
+    params = new(9, temperature=2.0, seed=11, repetition_penalty=1.3)
+    with engine() as llm:
+        tokens = llm.generate([ids(30)], params)[0].token_ids
+    with torch.no_grad():
+        logits = tiny(NAME)(torch.tensor([ids(30) + tokens])).logits[0, 29:-1]
+    sampler = Sampler(1, SIZES["vocab_size"], torch.device("cpu"))
+    sampler.begin(0, params, ids(30))
+    assert [int(sampler.tokens(logits[i : i + 1], [0], [i])) for i in range(9)] == tokens
+
+
 @pytest.mark.parametrize("chunk", [None, 16])
 def test_logprobs_are_those_of_a_full_forward_pass(chunk):
     prompts = [ids(n, n) for n in (5, 47, 100)]
@@ -287,7 +302,7 @@ def test_a_found_beginning_gives_what_a_cold_run_gives(method):
         cold = []
         for prompt in prompts:
             cold += llm.generate([prompt], params)
-            llm.prefixes.make_room(llm.slots.pages)
+            llm.prefixes.clear()
         first = [llm.generate([prompt], params)[0] for prompt in prompts]
         again = llm.generate(prompts, params)
         assert_all_is_free(llm)
@@ -335,7 +350,7 @@ def test_beginnings_go_under_pressure_and_answers_stay(method):
         cold = []
         for prompt, x in zip(prompts, params, strict=True):
             cold += llm.generate([prompt], x)
-            llm.prefixes.make_room(llm.slots.pages)
+            llm.prefixes.clear()
         outputs = llm.generate(prompts, params)
         assert len(llm.prefixes) < 3 * len(documents)
         assert_all_is_free(llm)
@@ -426,7 +441,7 @@ def test_a_stop_string_that_does_not_come_leaves_the_text_whole(shipped):
 @NEEDS_POCKET
 def test_chat_answers_by_the_template(shipped):
     messages = [{"role": "user", "content": "The grass is"}]
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         shipped.chat(messages)
     template = "{% for m in messages %}{{ m.content }} {% endfor %}The sky is"
     with pytest.MonkeyPatch.context() as patch:
@@ -708,7 +723,9 @@ def test_sparse_prefill_of_a_short_prompt_is_dense_or_nearly(prefill):
 
 @NEEDS_POCKET
 @pytest.mark.slow
-@pytest.mark.parametrize("prefill", ["flexprefill:block=16", "xattention", "minference", "flashprefill"])
+@pytest.mark.parametrize(
+    "prefill", ["flexprefill:block=16", "xattention", "minference:vertical=64,slash=256", "flashprefill"]
+)
 def test_sparse_prefill_reads_a_long_text_in_part(prefill):
     text = " ".join(f"VAR V{i} = {i * 7919 % 100_000}. The grass is green. The sky is blue." for i in range(120))
     with LLM(pocket.path(), prefill=prefill, decode="quest:dense_below=0", max_length=4096) as llm:

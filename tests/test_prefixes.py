@@ -99,7 +99,7 @@ def test_what_is_kept_already_is_not_kept_twice():
     prefixes.keep(0, prompt(100))
     assert (len(prefixes), slots.free_pages, prefixes.find(prompt(100), 100)) == (3, free, before)
     slots.free(0)
-    prefixes.make_room(PAGES)
+    prefixes.clear()
     assert slots.free_pages == PAGES - 1
 
 
@@ -217,12 +217,18 @@ def test_keeping_again_is_a_use():
     assert chunks_found(prefixes, documents) == [2, 0, 2]
 
 
-@pytest.mark.parametrize(("wanted", "left"), [(0, 6), (2, 6), (3, 5), (4, 5), (5, 4), (6, 4), (13, 0), (99, 0)])
+@pytest.mark.parametrize(("wanted", "left"), [(0, 6), (2, 6), (3, 5), (4, 5), (5, 4), (6, 4), (13, 0), (14, 0)])
 def test_no_more_is_dropped_than_is_needed(wanted, left):
     slots, prefixes, _ = three_documents()
     prefixes.make_room(wanted)
     assert len(prefixes) == left
     assert slots.free_pages == 14 - 2 * left
+
+
+def test_nothing_is_dropped_where_that_would_not_do():
+    slots, prefixes, _ = three_documents()
+    assert not prefixes.make_room(99)
+    assert (len(prefixes), slots.free_pages) == (6, 2)
 
 
 def test_a_beginning_loses_its_end_first():
@@ -235,7 +241,7 @@ def test_pages_that_a_slot_uses_outlive_their_being_dropped():
     slots, prefixes, documents = three_documents()
     pages = prefixes.find(documents[1], 64)
     slots.begin_with(2, pages)
-    prefixes.make_room(PAGES)
+    prefixes.clear()
     assert len(prefixes) == 0 and slots.free_pages == 10
     assert pages_of(slots, 2, 64) == pages
     slots.reserve(0, PAGES_PER_SLOT * PAGE)
@@ -291,8 +297,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(pages=st.integers(0, PAGES))
     def make_room(self, pages):
-        self.prefixes.make_room(pages)
-        assert self.slots.free_pages >= pages or not len(self.prefixes)
+        before = len(self.prefixes), self.slots.free_pages
+        assert self.prefixes.make_room(pages) == (self.slots.free_pages >= pages)
+        assert self.slots.free_pages >= pages or (len(self.prefixes), self.slots.free_pages) == before
 
     def pages(self, slot):
         rows = 0 if self.holds[slot] is None else len(self.holds[slot])
@@ -314,7 +321,7 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self):
         for slot in range(SLOTS):
             self.slots.free(slot)
-        self.prefixes.make_room(PAGES)
+        self.prefixes.clear()
         assert self.slots.free_pages == PAGES - 1
         assert len(self.prefixes) == 0
 

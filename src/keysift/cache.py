@@ -216,22 +216,14 @@ class Store:
                 self._extend(method, most, ctx)
         return self._index
 
-    def begin(
-        self, method: Decode, tail_q_BTHD: Tensor, ctx: Ctx, which: slice = slice(None), shared: int | None = None
-    ) -> None:
-        """Make side data for the prompts of some slots; those of the others stay, if they are of the same method.
-
-        Where other prompts may have the same pages, all that share one must begin with the same ``shared`` rows, which
-        then stand for the prompt: their side data come out alike.
-        """
+    def begin(self, method: Decode, tail_q_BTHD: Tensor, ctx: Ctx, which: slice = slice(None)) -> None:
+        """Make side data for the prompts of some slots; those of the others stay, if they are of the same method."""
         slots, _, _ = self._made()
         with ordinary_tensors():
             if self._built_by != (method, ctx.seed):
                 self._allocate(method, ctx)
             middle, kv = self.middle(method, which), self.view(which)
-            rows = slots.prompt[which] - kv.start
-            rows = rows if shared is None else rows.clamp(max=shared)
-            prompt = kv._replace(length=rows, spans=None, most=kv.bound)
+            prompt = kv._replace(length=slots.prompt[which] - kv.start, spans=None, most=kv.bound)
             method.begin(self._of(which), middle, prompt, tail_q_BTHD, ctx)
             self._extend(method, kv.bound, ctx, which)
 

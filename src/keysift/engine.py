@@ -130,6 +130,8 @@ class LLM:
         self._running: dict[int, Request] = {}  # by slot, the one that is being read included
         self._reading: int | None = None
         self._submitted = self._steps = 0
+        self._done: list[RequestOutput] = []  # which nobody was told of yet
+        self._closed = False
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:
@@ -190,6 +192,8 @@ class LLM:
         Raises:
             ValueError: a prompt that can never fit, or whose tokens the model does not know; nothing has run then.
         """
+        self._check_open()
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several: list[Any] = [prompts] if one else list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(several)
@@ -201,14 +205,21 @@ class LLM:
         for request in requests:
             self._submit(request)
         done: dict[int, RequestOutput] = {}
-        wanted = {request.index for request in requests}
+        wanted, of_others = {request.index for request in requests}, list[RequestOutput]()
         try:
             while wanted - done.keys():
-                done |= {out.index: out for out in self.step()}
+                for out in self.step():
+                    if out.index in wanted:
+                        done[out.index] = out
+                    else:
+                        of_others.append(out)
         except BaseException:
             for request in requests:
+                request.on_text = None
                 self.abort(request.index)
             raise
+        finally:
+            self._done = of_others + [out for out in self._done if out.index not in wanted]
         return [replace(done[request.index], index=request.index - begin) for request in requests]
 
     def chat(
@@ -224,13 +235,14 @@ class LLM:
         Raises:
             ValueError: no tokenizer, or one without a chat template.
         """
-        if self.tokenizer is None:
-            raise ValueError("chat needs a tokenizer: pass tokenizer=")
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError("chat needs a tokenizer with a chat template: pass such a tokenizer=, or use generate")
         ids = self.tokenizer(chat_text(self.tokenizer, messages), add_special_tokens=False).input_ids
         return self.generate([ids], params, on_text=on_text)[0]
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, on_text: OnText | None = None) -> int:
         """Add a request for ``step`` to work at; returns its index. Raises as ``generate``."""
+        self._check_open()
         request = self._request(prompt, params, on_text)
         self._submit(request)
         return request.index
@@ -248,6 +260,7 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None) -> Request:
         if self.tokenizer is None and (isinstance(prompt, str) or (params and params.stop)):
             raise ValueError("text needs a tokenizer: pass tokenizer=, or token ids and no stop strings")
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else [int(x) for x in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
@@ -270,29 +283,45 @@ class LLM:
         return request
 
     def abort(self, index: int) -> RequestOutput | None:
-        """End a request now; its answer so far, or None if it is not at work."""
+        """End a request now; its answer so far, or None if it is not at work.
+
+        What ``on_text`` raises is raised again when all is done.
+        """
         if self._ranks is None or not self._ranks.broken:
             self._tell("abort", index)
         for request in list(self._waiting):
             if request.index == index:
                 self._waiting.remove(request)
-                return self._finish(request, "aborted", None)
+                return self._aborted(request, None)
         for slot, request in list(self._running.items()):
             if request.index == index:
-                return self._finish(request, "aborted", slot)
+                return self._aborted(request, slot)
         return None
+
+    def _aborted(self, request: Request, slot: int | None) -> RequestOutput:
+        out, delta = self._finish(request, "aborted", slot)
+        self._tell_listeners([(request, delta)])
+        return out
 
     @property
     def unfinished(self) -> int:
-        """Requests that are waiting or running."""
-        return len(self._waiting) + len(self._running)
+        """Requests that are waiting or running, or whose answers ``step`` has not returned yet."""
+        return len(self._waiting) + len(self._running) + len(self._done)
 
     def close(self) -> None:
-        """Give the model back as it was, and the memory."""
+        """Give the model back as it was, and the memory; requests that are at work end. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
         for request in [*self._waiting, *self._running.values()]:
+            request.on_text = None
             self.abort(request.index)
         self.served.close()
         self._end_ranks()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this LLM is closed: make a new one")
 
     def __enter__(self) -> LLM:
         return self
@@ -314,11 +343,17 @@ class LLM:
             raise
 
     def _step(self) -> list[RequestOutput]:
-        finished = self._read() if self._reading is not None or self._admit() else []
-        answering = [slot for slot in self._running if slot != self._reading]
-        if answering:
-            finished += self._answer(sorted(answering))
-        return finished
+        self._check_open()
+        try:
+            if self._reading is not None or self._admit():
+                self._read()
+            answering = [slot for slot in self._running if slot != self._reading]
+            if answering:
+                self._answer(sorted(answering))
+        finally:
+            self._done = sorted(self._done, key=lambda out: out.index)
+        done, self._done = self._done, []
+        return done
 
     def _admit(self) -> bool:
         """Give the first request that waits a slot, if it fits now."""
@@ -326,13 +361,16 @@ class LLM:
         if not self._waiting or slot is None:
             return False
         request, slots = self._waiting[0], self.slots
-        found: list[int] = []
+        pages = -(-request.rows // slots.page)
         if self.prefixes is not None:
             tail = max(1, self.served.decode_method.tail)  # of which the decode method wants to see the queries
             found = self.prefixes.find(request.prompt, len(request.prompt) - tail)
             slots.begin_with(slot, found)  # theirs now, whatever has to make room
-            self.prefixes.make_room(-(-request.rows // slots.page) - len(found))
-        if -(-request.rows // slots.page) - len(found) > slots.free_pages:
+            pages -= len(found)
+            fits = self.prefixes.make_room(pages)
+        else:
+            fits = pages <= slots.free_pages
+        if not fits:
             slots.free(slot)
             return False
         slots.reserve(slot, request.rows)
@@ -342,7 +380,7 @@ class LLM:
         self.sampler.begin(slot, request.params, request.prompt)
         return True
 
-    def _read(self) -> list[RequestOutput]:
+    def _read(self) -> None:
         """Read the next part of a prompt; the last gives the first token."""
         slot = self._reading
         assert slot is not None
@@ -352,16 +390,16 @@ class LLM:
         last = end == len(request.prompt)
         logits = self.served.read(slot, request.prompt[done:end], request.meter, last)
         if not last:
-            return []
+            return
         self._reading = None
         if self.prefixes is not None:
             self.prefixes.keep(slot, request.prompt)
         self.served.meter.begin(slot)
         token = self.sampler.tokens(logits[None], [slot], [0])
         self.served.activate(slot, token[0])
-        return self._take([slot], token, logits[None])
+        self._take([slot], token.tolist(), logits[None])
 
-    def _answer(self, slots: list[int]) -> list[RequestOutput]:
+    def _answer(self, slots: list[int]) -> None:
         """A decode step."""
         on_cpu = self.model.device.type == "cpu"
         self.served.step(metered=on_cpu or self._steps % METERED == 0)
@@ -373,30 +411,42 @@ class LLM:
         if logits is not None and any(not r.params.greedy for r in requests):
             tokens = self.sampler.tokens(logits, slots, [len(r.text.token_ids) for r in requests])
             self.served.ids[index, 0] = tokens
+            known = tokens.tolist()
         else:
-            tokens = self.served.ids[:, 0]  # all: to choose among them would be one more launch
-            return self._take(slots, tokens, logits, whole=True)
-        return self._take(slots, tokens, logits)
+            all_known = self.served.ids[:, 0].tolist()
+            known = [all_known[slot] for slot in slots]
+        self._take(slots, known, logits)
 
-    def _take(
-        self, slots: list[int], tokens: Tensor, logits: Tensor | None, whole: bool = False
-    ) -> list[RequestOutput]:
-        """Give requests their new tokens; returns the answers that end with them."""
-        known, now, finished = tokens.tolist(), time.perf_counter(), []
-        for i, slot in enumerate(slots):
-            request, token = self._running[slot], known[slot if whole else i]
-            params = request.params
+    def _take(self, slots: list[int], tokens: list[int], logits: Tensor | None) -> None:
+        """Give requests their new tokens, and end those whose last ones these are; then say so."""
+        now, news = time.perf_counter(), list[tuple[Request, Delta]]()
+        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+            request = self._running[slot]
             request.first_token = request.first_token or now
             request.last_token = now
-            if params.logprobs is not None and logits is not None:
-                request.logprobs.append(logprobs_of(logits[i], token, params.logprobs))
+            if request.params.logprobs is not None and logits is not None:
+                request.logprobs.append(logprobs_of(logits[i], token, request.params.logprobs))
             new = request.text.add(token)
             reason = self._reason(request, token)
-            if reason is not None:
-                finished.append(self._finish(request, reason, slot, new))
-            elif request.on_text is not None:
-                request.on_text(Delta(request.index, new, [token], False))
-        return finished
+            if reason is None:
+                news.append((request, Delta(request.index, new, [token], False)))
+            else:
+                out, delta = self._finish(request, reason, slot, new)
+                self._done.append(out)
+                news.append((request, delta))
+        self._tell_listeners(news)
+
+    def _tell_listeners(self, news: list[tuple[Request, Delta]]) -> None:
+        """Call all ``on_text``; what one raises is raised when all were called."""
+        wrong: BaseException | None = None
+        for request, delta in news:
+            try:
+                if request.on_text is not None:
+                    request.on_text(delta)
+            except BaseException as error:
+                wrong = wrong or error
+        if wrong is not None:
+            raise wrong
 
     def _reason(self, request: Request, token: int) -> str | None:
         """Why an answer ends with a token, if it does."""
@@ -407,8 +457,8 @@ class LLM:
             return "eos"
         return "length" if len(request.text.token_ids) >= params.max_new_tokens else None
 
-    def _finish(self, request: Request, reason: str, slot: int | None, new: str = "") -> RequestOutput:
-        """Let go of a request's slot, and say what came of it."""
+    def _finish(self, request: Request, reason: str, slot: int | None, new: str = "") -> tuple[RequestOutput, Delta]:
+        """Let go of a request's slot; what came of it, and the last of its text."""
         new += request.text.end()
         kept = None
         if slot is not None:
@@ -420,8 +470,7 @@ class LLM:
             if self._reading == slot:
                 self._reading = None
         ids = request.text.token_ids
-        if request.on_text is not None:
-            request.on_text(Delta(request.index, new, ids[-1:], True))
+        came = ids[-1:] if reason != "aborted" else []
         ttft, rate = None, None
         if request.first_token is not None and request.last_token is not None:
             ttft, seconds = request.first_token - request.submitted, request.last_token - request.first_token
@@ -429,7 +478,8 @@ class LLM:
         density = request.meter.stats().density
         stats = GenerationStats(len(request.prompt), len(ids), request.reused, ttft, rate, density, kept)
         logprobs = None if request.params.logprobs is None else request.logprobs
-        return RequestOutput(request.index, request.text.text, ids, reason, logprobs, stats)
+        out = RequestOutput(request.index, request.text.text, ids, reason, logprobs, stats)
+        return out, Delta(request.index, new, came, True)
 
 
 def work() -> None:

@@ -28,30 +28,53 @@ class Prefixes:
 
     def find(self, token_ids: Sequence[int], most: int) -> list[int]:
         """The pages of the longest beginning that is kept, of at most ``most`` tokens."""
-        pages: list[int] = []
-        for name in self._names(token_ids[:most]):
+        found = []
+        for name in self._names(token_ids[: max(0, most)]):
             if name not in self._pages:
                 break
-            self._pages.move_to_end(name)
-            pages += self._pages[name]
-        return pages
+            found.append(name)
+        self._use(found)
+        return [page for name in found for page in self._pages[name]]
 
     def keep(self, slot: int, token_ids: Sequence[int]) -> None:
         """Keep the whole chunks of a prompt that was read into a slot."""
-        for i, name in enumerate(self._names(token_ids)):
-            if name in self._pages:
-                self._pages.move_to_end(name)
-            else:
+        names = list(self._names(token_ids))
+        of_chunk = self._chunk // self._slots.page
+        for i, name in enumerate(names):
+            if name not in self._pages:
                 pages = self._slots.pin(slot, (i + 1) * self._chunk)
-                own = pages[-(self._chunk // self._slots.page) :]
-                self._slots.unpin(pages[: -len(own)])
-                self._pages[name] = own
+                self._slots.unpin(pages[:-of_chunk])
+                self._pages[name] = pages[-of_chunk:]
+        self._use(names)
 
-    def make_room(self, pages: int) -> None:
-        """Drop what was not used for longest until so many pages are free, or nothing is kept."""
-        while self._slots.free_pages < pages and self._pages:
-            _, dropped = self._pages.popitem(last=False)
-            self._slots.unpin(dropped)
+    def _use(self, names: Sequence[bytes]) -> None:
+        """Note that chunks of one beginning were used: its end is to go first."""
+        for name in reversed(names):
+            self._pages.move_to_end(name)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        for pages in self._pages.values():
+            self._slots.unpin(pages)
+        self._pages.clear()
+
+    def make_room(self, pages: int) -> bool:
+        """Drop what was not used for longest until so many pages are free; nothing if that would not do.
+
+        What a slot reads too stays: to drop it would free nothing.
+        """
+        missing, dropped = pages - self._slots.free_pages, []
+        for name, own in self._pages.items():
+            if missing <= 0:
+                break
+            if not any(self._slots.shared(page) for page in own):
+                dropped.append(name)
+                missing -= len(own)
+        if missing > 0:
+            return False
+        for name in dropped:
+            self._slots.unpin(self._pages.pop(name))
+        return True
 
     def _names(self, token_ids: Sequence[int]) -> Iterator[bytes]:
         """A name for each whole chunk, which tells all tokens up to its end."""

@@ -51,13 +51,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "1 or more, or 0 for all"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "1 or more, or 0 for all"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0"),
-            ("stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings that are not empty"),
+            ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of strings that are not empty"),
+            ("stop_token_ids", _tuple_of(int, self.stop_token_ids), "a tuple of token ids"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
         )
         for name, holds, able in rules:
@@ -71,6 +72,10 @@ class SamplingParams:
 
 
 MOST_LOGPROBS = 100
+
+
+def _tuple_of(kind: type, value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(x, kind) for x in value)
 
 
 class Logprobs(NamedTuple):
@@ -98,20 +103,20 @@ def likeliest(
 
     Args:
         logits: fp32 ``[B, V]``.
-        temperature, top_p, min_p: fp32 ``[B]``; temperature is above 0.
+        temperature, top_p, min_p: fp64 ``[B]``; temperature is above 0.
         top_k: int64 ``[B]``; 0 for all.
 
     Returns:
         Probabilities in falling order, fp64 ``[B, V]``, and the tokens they belong to, int64 ``[B, V]``.
     """
     ordered, token = torch.sort(logits, dim=-1, descending=True, stable=True)
-    p = (ordered.double() / temperature.double()[:, None]).softmax(-1)
+    p = (ordered.double() / temperature[:, None]).softmax(-1)
     rank = torch.arange(p.shape[1], device=p.device)
     p = p.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], 0)
     p = p / p.sum(-1, keepdim=True)
     before = p.cumsum(-1) - p
-    p = p.masked_fill(before >= top_p.double()[:, None], 0)
-    p = p.masked_fill(p < min_p.double()[:, None] * p[:, :1], 0)
+    p = p.masked_fill((before >= top_p[:, None]) & (top_p < 1)[:, None] & (rank > 0), 0)
+    p = p.masked_fill(p < min_p[:, None] * p[:, :1], 0)
     return p / p.sum(-1, keepdim=True), token
 
 
@@ -164,7 +169,7 @@ class Sampler:
     def _drawn(self, logits: Tensor, slots: list[int], places: list[int]) -> Tensor:
         params = [x for x in (self._params[slot] for slot in slots) if x is not None]
 
-        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        def column(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.tensor([getattr(x, name) for x in params], dtype=dtype, device=self.device)
 
         if self._seen is not None:
@@ -183,5 +188,5 @@ class Sampler:
 def logprobs_of(logits: Tensor, token: int, top: int) -> Logprobs:
     """The log probability of a token and of the ``top`` likeliest, by logits ``[V]``."""
     log_p = logits.double().log_softmax(-1)
-    values, ids = log_p.topk(top)
+    values, ids = log_p.topk(min(top, len(log_p)))
     return Logprobs(float(log_p[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))

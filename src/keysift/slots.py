@@ -158,6 +158,10 @@ class Slots:
             self._owners[page] += 1
         return pages
 
+    def shared(self, page: int) -> bool:
+        """Whether a page belongs to several slots, or to one and to who pinned it."""
+        return self._owners[page] > 1
+
     def unpin(self, pages: Sequence[int]) -> None:
         """Let go of pages that ``pin`` gave."""
         for page in pages:

@@ -13,7 +13,7 @@ class Detokenizer:
 
     A character can span tokens, and a token's text can depend on the one before it (leading spaces). So a few tokens
     are decoded again with every new one, and what ends in half a character waits. What could be the beginning of a
-    stop string waits as well.
+    stop string waits as well. Of several stop strings the one that is complete first counts.
 
     Attributes:
         token_ids: of the answer so far.
@@ -53,10 +53,11 @@ class Detokenizer:
     def _certain(self, final: bool) -> str:
         text = self._known
         longest = max(map(len, self._stop), default=0)
-        places = [text.find(s, max(0, len(self.text) - longest)) for s in self._stop]
-        if found := [place for place in places if place >= 0]:
+        start = max(0, len(self.text) - longest)
+        found = [(place + len(s), place) for s in self._stop if (place := text.find(s, start)) >= 0]
+        if found:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         if final or not self._stop:
             return text
         beginning = (

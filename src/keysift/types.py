@@ -125,12 +125,15 @@ class Ctx(NamedTuple):
         scale: what q.k is multiplied with before the softmax.
         positions: position of the newest query of each sequence, counted from its first token, int64 ``[B]``.
         seed: with layer, head and position it determines every random draw, so that batching does not change one.
+        shared: rows with which all prompts begin alike that share pages, so that side data may depend on these alone;
+            None where pages are not shared.
     """
 
     layer: int
     scale: float
     positions: Tensor
     seed: int = 0
+    shared: int | None = None
 
 
 class BlockMask(NamedTuple):

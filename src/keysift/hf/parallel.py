@@ -25,6 +25,7 @@ GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 log = logging.getLogger(__name__)
 
 _group: Group | None = None
+_met = False  # symmetric memory counts meetings in each process, so that a second group could not meet
 
 
 class Group:
@@ -38,10 +39,12 @@ class Group:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
         self._shared: tuple[Tensor, Tensor, Tensor] | None = None
-        self.one_shot = device.type == "cuda" and self._make_buffer()
+        self.one_shot = device.type == "cuda" and self.least(int(not _met)) == 1 and self._make_buffer()
 
     def _make_buffer(self) -> bool:
         """Symmetric memory, without NVLink multicast; False where it cannot be had."""
+        global _met
+        _met = True
         try:
             import torch.distributed._symmetric_memory as symmetric
 
@@ -203,7 +206,11 @@ def localise(model: nn.Module) -> None:
         if _style(model, name) == REPLICATED:
             for key, x in list(module.named_parameters(recurse=False)):
                 setattr(module, key, nn.Parameter(_local(x), requires_grad=False))
-            _unhook(module)
+            module.__dict__.pop("forward", None)
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()  # with which no layer compiles
+        module._backward_pre_hooks.clear()
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear, str]]:
@@ -226,10 +233,3 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
-
-
-def _unhook(module: nn.Module) -> None:
-    """Give a module its class's forward back."""
-    module.__dict__.pop("forward", None)
-    module._forward_hooks.clear()
-    module._forward_pre_hooks.clear()

@@ -174,16 +174,20 @@ class ServedModel:
         """
         modules = attention_modules(model)
         refuse_unsupported(model, modules)
+        if any("_keysift_where" in module.__dict__ for module in modules):
+            raise ValueError(f"this {type(model).__name__} is served already: close that LLM first")
+        if "_keysift" in model.__dict__:
+            raise ValueError(f"this {type(model).__name__} is attached: call keysift.detach(model) first")
         self.model, self.seed, self.shared = model, seed, shared
         self.prefill_method, self.decode_method = prefill, decode
         self.cache = SlotsCache(model.config.get_text_config(decoder=True).num_hidden_layers)
         self._layers = decoder_layers(model) if compile_layers and model.device.type == "cuda" else []
         self._number = next(_numbers)
         _served[self._number] = self
-        self._before = model.config._attn_implementation
         for module in modules:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             module.__dict__["_keysift_where"] = torch.tensor([self._number, layer])
+        self._give_back = weakref.finalize(self, _restore, model, modules, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
         self._probed: dict[int, Shape] | None = {}
         try:
@@ -221,15 +225,8 @@ class ServedModel:
 
     def close(self) -> None:
         """Give the model its own attention back; memory goes with this object."""
-        if self._number not in _served:
-            return
-        del _served[self._number]
         self._graph = None
-        for layer in self._layers:
-            layer._compiled_call_impl = None
-        for module in attention_modules(self.model):
-            module.__dict__.pop("_keysift_where", None)
-        self.model.set_attn_implementation(self._before)
+        self._give_back()
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +278,7 @@ class ServedModel:
             newest = torch.cat([self._tails[layer], q], 1) if layer in self._tails else q
             newest = newest[:, max(0, newest.shape[1] - tail) :]
             if last:
-                store.begin(self.decode_method, newest, ctx, which, self.shared)
+                store.begin(self.decode_method, newest, ctx._replace(shared=self.shared), which)
             else:
                 self._tails[layer] = newest.clone()
                 store.wait(which)
@@ -309,15 +306,15 @@ class ServedModel:
     def step(self, metered: bool = False) -> None:
         """One more token of the active slots: ``ids`` becomes the likeliest ones, ``logits`` what they were of.
 
+        What is read sparsely is decided as for sequences of ``slots.capacity`` rows, however long they are: that must
+        not depend on others, and cannot in a graph.
+
         Each active slot must have a row reserved. With ``metered`` what is read is counted, which on a GPU takes a
         step of ordinary launches.
         """
         reading, self._reading = self._reading, None
         try:
-            if self.slots.device.type == "cpu":
-                self._step_on_cpu(metered)
-                return
-            if self.graphed is None:
+            if self.graphed is None and self.slots.device.type == "cuda":
                 self._prepare()
             if self._graph is None or metered:
                 self._metering = metered
@@ -328,17 +325,6 @@ class ServedModel:
             self.slots.note([int(x) for x in self._active])
         finally:
             self._reading = reading
-
-    def _step_on_cpu(self, metered: bool) -> None:
-        """The host knows all lengths, and idle slots are cut again."""
-        lengths = list(self.slots.lengths)
-        self.slots.append(1)
-        self._metering = metered
-        self._forward()
-        self._metering = False
-        for slot, active in enumerate(self._active):
-            if not active:
-                self.slots.truncate(slot, lengths[slot])
 
     def _step(self) -> None:
         slots = self.slots
@@ -401,8 +387,10 @@ class ServedModel:
 
     def _compile(self) -> None:
         """Compile one layer; the others alike share its code. A lone sequence's products are sums over rows of weights,
-        which compiled code does faster than a matrix product."""
-        options = {"coordinate_descent_tuning": len(self.slots) == 1, "triton.cudagraphs": False}
+        which compiled code does faster than a matrix product, if its tiles are well chosen."""
+        lone = len(self.slots) == 1
+        tuning = {"coordinate_descent_tuning": lone, "max_autotune_pointwise": lone}
+        options = {**tuning, "triton.cudagraphs": False}
         for layer in self._layers:
             layer.compile(fullgraph=True, dynamic=False, options=options)
             layer.__dict__["_keysift_compiled"] = layer._compiled_call_impl
@@ -441,6 +429,16 @@ class ServedModel:
         """Undo a step that the host was not told of."""
         for slot, length in enumerate(self.slots.lengths):
             self.slots.truncate(slot, length)
+
+
+def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: str) -> None:
+    """A model as it was before it was served."""
+    for layer in decoder_layers(model):
+        layer._compiled_call_impl = None
+        layer.__dict__.pop("_keysift_compiled", None)
+    for module in modules:
+        module.__dict__.pop("_keysift_where", None)
+    model.set_attn_implementation(implementation)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -87,6 +87,13 @@ class PrefillMethod:
         check(self)
 
 
+def centring(prompt: KV, sinks: int, ctx: Ctx) -> KV:
+    """The rows whose mean keys are centred with: the prompt less its sinks, or all of it if it has no more, which does
+    not depend on when a sequence of a batch gets a middle; of shared pages, what all that share them begin with."""
+    length = prompt.length if ctx.shared is None else prompt.length.clamp(max=ctx.shared)
+    return prompt.between(prompt.start + torch.where(length > sinks, sinks, 0), prompt.start + length)
+
+
 class KeepsNothing:
     """What a decode method without side data says."""
 

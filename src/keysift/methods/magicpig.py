@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from keysift.methods.base import DENSE_LAYERS, DecodeMethod, check, option
+from keysift.methods.base import DENSE_LAYERS, DecodeMethod, centring, check, option
 from keysift.ops.buckets_cpu import Buckets, bucket_collisions, columns_of, update_buckets
 from keysift.ops.codes import (
     MAX_BITS,
@@ -143,7 +143,7 @@ class Method(DecodeMethod):
         """Fix the mean key to centre with: the authors' over the middle; ours over the prompt less its sinks (or all
         of it, if it has no more), which does not depend on when a sequence of a batch gets a middle."""
         if self.mode == "default":
-            kv = prompt.between(prompt.start + torch.where(prompt.length > self.sinks, self.sinks, 0), prompt.end)
+            kv = centring(prompt, self.sinks, ctx)
         mean = mean_key(kv)
         index["mean"].copy_(mean if self.mode == "default" else mean.to(kv.k.dtype))
         index["threshold"].copy_(thresholds(index["mean"], index["w"]))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from keysift.methods.base import BudgetedDecode, option
+from keysift.methods.base import BudgetedDecode, centring, option
 from keysift.ops.codes import mean_key
 from keysift.ops.key_codes import PER, STEPS, code_bytes, code_dim, hash_keys, room, rotation, sample
 from keysift.types import KV, Ctx, Index, Selection, Side, State
@@ -49,10 +49,9 @@ def constants(kv_heads: int, dim: int, device: torch.device, ctx: Ctx) -> dict[s
     return {"w": rotation(ctx.seed, ctx.layer, kv_heads, dim, device)}
 
 
-def begin(index: Index, prompt: KV, sinks: int) -> None:
-    """Fix what keys are centred with: the mean of the prompt less its sinks, or of all of it if it has no more."""
-    after_sinks = prompt.start + torch.where(prompt.length > sinks, sinks, 0)
-    index["mean"].copy_(mean_key(prompt.between(after_sinks, prompt.end)))
+def begin(index: Index, prompt: KV, sinks: int, ctx: Ctx) -> None:
+    """Fix what keys are centred with."""
+    index["mean"].copy_(mean_key(centring(prompt, sinks, ctx)))
 
 
 def extend(index: Index, kv: KV, bits: int | None, done: Tensor, most: int) -> None:
@@ -95,7 +94,7 @@ class Method(BudgetedDecode):
         return constants(kv_heads, dim, device, ctx)
 
     def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
-        begin(index, prompt, self.sinks)
+        begin(index, prompt, self.sinks, ctx)
 
     def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
         extend(index, kv, self.bits, done, most)

@@ -55,7 +55,7 @@ class Method(DecodeMethod):
 
     def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
         if self.by == "signbits":
-            signbits.begin(index, prompt, self.sinks)
+            signbits.begin(index, prompt, self.sinks, ctx)
 
     def extend(self, index: Index, kv: KV, done: Tensor, most: int, ctx: Ctx) -> None:
         if self.by == "signbits":
