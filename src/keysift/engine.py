@@ -131,6 +131,7 @@ class LLM:
         self._reading: int | None = None
         self._submitted = self._steps = 0
         self._done: list[RequestOutput] = []  # which nobody was told of yet
+        self._news: list[tuple[Request, Delta]] = []  # likewise, of the step at hand
         self._closed = False
 
     def _end_ranks(self) -> None:
@@ -344,15 +345,14 @@ class LLM:
 
     def _step(self) -> list[RequestOutput]:
         self._check_open()
-        try:
-            if self._reading is not None or self._admit():
-                self._read()
-            answering = [slot for slot in self._running if slot != self._reading]
-            if answering:
-                self._answer(sorted(answering))
-        finally:
-            self._done = sorted(self._done, key=lambda out: out.index)
-        done, self._done = self._done, []
+        if self._reading is not None or self._admit():
+            self._read()
+        answering = [slot for slot in self._running if slot != self._reading]
+        if answering:
+            self._answer(sorted(answering))
+        news, self._news = self._news, []
+        self._tell_listeners(news)  # when all is computed: other processes have nobody to listen
+        done, self._done = sorted(self._done, key=lambda out: out.index), []
         return done
 
     def _admit(self) -> bool:
@@ -418,8 +418,8 @@ class LLM:
         self._take(slots, known, logits)
 
     def _take(self, slots: list[int], tokens: list[int], logits: Tensor | None) -> None:
-        """Give requests their new tokens, and end those whose last ones these are; then say so."""
-        now, news = time.perf_counter(), list[tuple[Request, Delta]]()
+        """Give requests their new tokens, and end those whose last ones these are."""
+        now = time.perf_counter()
         for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
             request = self._running[slot]
             request.first_token = request.first_token or now
@@ -429,12 +429,11 @@ class LLM:
             new = request.text.add(token)
             reason = self._reason(request, token)
             if reason is None:
-                news.append((request, Delta(request.index, new, [token], False)))
+                self._news.append((request, Delta(request.index, new, [token], False)))
             else:
                 out, delta = self._finish(request, reason, slot, new)
                 self._done.append(out)
-                news.append((request, delta))
-        self._tell_listeners(news)
+                self._news.append((request, delta))
 
     def _tell_listeners(self, news: list[tuple[Request, Delta]]) -> None:
         """Call all ``on_text``; what one raises is raised when all were called."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keysift.checkpoint import check_ranks, load, pick_device, pick_dtype
-from keysift.hf.parallel import Group, Local, deal_out, join, leave, localise, ranks_of_environment, the_group
+from keysift.hf.parallel import Local, deal_out, join, leave, localise, ranks_of_environment, the_group
 from keysift.workers import Workers
 
 
@@ -38,7 +38,6 @@ class Ranks:
             ValueError: a number of processes that the model or the machine cannot have, or a broken model.
         """
         self._workers: Workers | None = None
-        self._group: Group | None = None
         started = ranks_of_environment()
         ranks = started if tensor_parallel is None else tensor_parallel
         if started > 1 and ranks != started:
@@ -57,7 +56,7 @@ class Ranks:
             with environment_with(environment):
                 join(where)
                 self.model, self.tokenizer = load(name, where, pick_dtype(dtype, where), ranks)
-            self._group = the_group(where)
+            the_group(where)
             localise(self.model)
         except BaseException:
             self.close()
@@ -90,13 +89,11 @@ class Ranks:
         return None if self._workers is None else self._workers.dead
 
     def close(self) -> None:
-        """End the processes that were started here, and leave the group."""
-        broken = self.broken
+        """End the processes that were started here, and leave their group; torchrun's goes on, for the next model."""
         if self._workers is not None:
+            broken = self.broken
             self._workers.close()
             self._workers = None
-        if self._group is not None:
-            self._group = None
             leave(politely=broken is None)
 
 
