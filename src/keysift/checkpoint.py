@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,3 +168,20 @@ def context_tokens(config: Any) -> int | None:
     if rope.get("rope_type") == "yarn":
         return max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
     return limit
+
+
+def eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer, as the model's generation config and its tokenizer say."""
+    named: Iterable[Any] = (
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return frozenset(_flat(named))
+
+
+def _flat(ids: Iterable[Any]) -> Iterator[int]:
+    for x in ids:
+        if isinstance(x, (list, tuple)):
+            yield from x
+        elif x is not None:
+            yield int(x)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keysift.checkpoint import chat_text, context_tokens
-from keysift.hf.parallel import least
+from keysift.checkpoint import chat_text, context_tokens, eos_tokens
+from keysift.hf.parallel import is_dealt_out, least
 from keysift.hf.served import ServedModel
 from keysift.methods import parse
 from keysift.offload import free_bytes, free_device_bytes
@@ -116,22 +117,26 @@ class LLM:
         else:
             self.model, self.tokenizer = model, tokenizer
         self.prefill_chunk, self.max_batch = prefill_chunk, max_batch or MAX_BATCH.get(self.model.device.type, 1)
-        self.served = ServedModel(self.model, *methods, seed, compile_layers, prefill_chunk if reuse_prefixes else None)
         try:
+            self.served = ServedModel(
+                self.model, *methods, seed, compile_layers, prefill_chunk if reuse_prefixes else None
+            )
             self.max_length = self._make_slots(page, max_length, kv_memory)
         except BaseException:
-            self.served.close()
+            if hasattr(self, "served"):
+                self.served.close()
             self._end_ranks()
             raise
         self.prefixes = Prefixes(self.slots, prefill_chunk) if reuse_prefixes and prefill_chunk else None
         self.sampler = Sampler(self.max_batch, self.served.vocabulary, self.model.device)
-        self._eos = _eos_tokens(self.model, self.tokenizer)
+        self._eos = eos_tokens(self.model, self.tokenizer)
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}  # by slot, the one that is being read included
         self._reading: int | None = None
         self._submitted = self._steps = 0
         self._done: list[RequestOutput] = []  # which nobody was told of yet
         self._news: list[tuple[Request, Delta]] = []  # likewise, of the step at hand
+        self._generating: set[int] = set()  # requests of calls of `generate`
         self._closed = False
 
     def _end_ranks(self) -> None:
@@ -155,10 +160,10 @@ class LLM:
         )
         if kv_memory is None:
             on_gpu = device.type == "cuda"
-            free = free_device_bytes(device) - SPARE_BYTES if on_gpu else int(HOST_SHARE * free_bytes())
-            kv_memory = max(0, free)
+            free = free_device_bytes(device) if on_gpu else int(HOST_SHARE * free_bytes())
+            kv_memory = free - min(SPARE_BYTES, free // 4) if on_gpu else free
         pages = int(kv_memory / (page * (row + sides)))
-        pages = least(pages)
+        pages = least(pages) if is_dealt_out(self.model) else pages
         known = context_tokens(self.model.config)
         wanted = max_length or known or (pages - 1) * page
         per_slot = -(-wanted // page)
@@ -188,14 +193,15 @@ class LLM:
         Args:
             prompts: a string or token ids, or several.
             params: for all of them, or one for each; None is greedy, up to 256 tokens or what fits.
-            on_text: called with a ``Delta`` whenever an answer grows; its ``index`` is that of the prompt.
+            on_text: called with a ``Delta`` whenever an answer grows, whose ``index`` is that of the prompt; where it
+                returns False, the answer ends.
 
         Raises:
             ValueError: a prompt that can never fit, or whose tokens the model does not know; nothing has run then.
         """
         self._check_open()
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         several: list[Any] = [prompts] if one else list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(several)
         if len(each) != len(several):
@@ -207,6 +213,7 @@ class LLM:
             self._submit(request)
         done: dict[int, RequestOutput] = {}
         wanted, of_others = {request.index for request in requests}, list[RequestOutput]()
+        self._generating |= wanted
         try:
             while wanted - done.keys():
                 for out in self.step():
@@ -220,6 +227,7 @@ class LLM:
                 self.abort(request.index)
             raise
         finally:
+            self._generating -= wanted
             self._done = of_others + [out for out in self._done if out.index not in wanted]
         return [replace(done[request.index], index=request.index - begin) for request in requests]
 
@@ -301,6 +309,8 @@ class LLM:
 
     def _aborted(self, request: Request, slot: int | None) -> RequestOutput:
         out, delta = self._finish(request, "aborted", slot)
+        if request.index in self._generating:  # where somebody waits for it
+            self._done.append(out)
         self._tell_listeners([(request, delta)])
         return out
 
@@ -335,25 +345,33 @@ class LLM:
     def step(self) -> list[RequestOutput]:
         """Read a part of a prompt if one waits and a slot is free, and have one more token of every answer; returns
         the answers that were finished."""
+        self._check_open()
         self._tell("step")
         try:
-            return self._step()
-        except RuntimeError as error:
-            if self._ranks is not None and self._ranks.died():
-                raise RuntimeError(self._ranks.broken) from error
+            self._step()
+        except BaseException as error:
+            self._news.clear()
+            if self._ranks is not None:
+                self._end_others(error)
             raise
+        news, self._news = self._news, []
+        self._tell_listeners(news)  # when all is computed: other processes have nobody to listen
+        done, self._done = sorted(self._done, key=lambda out: out.index), []
+        return done
 
-    def _step(self) -> list[RequestOutput]:
-        self._check_open()
+    def _step(self) -> None:
         if self._reading is not None or self._admit():
             self._read()
         answering = [slot for slot in self._running if slot != self._reading]
         if answering:
             self._answer(sorted(answering))
-        news, self._news = self._news, []
-        self._tell_listeners(news)  # when all is computed: other processes have nobody to listen
-        done, self._done = sorted(self._done, key=lambda out: out.index), []
-        return done
+
+    def _end_others(self, error: BaseException) -> None:
+        """Name the process that died, if one did; else end those that wait for what will not come."""
+        assert self._ranks is not None
+        if isinstance(error, RuntimeError) and self._ranks.died():
+            raise RuntimeError(self._ranks.broken) from error
+        self._ranks.give_up()
 
     def _admit(self) -> bool:
         """Give the first request that waits a slot, if it fits now."""
@@ -377,6 +395,7 @@ class LLM:
         request.reused = slots.lengths[slot]
         self._waiting.popleft()
         self._running[slot], self._reading = request, slot
+        self.served.meter.begin(slot)
         self.sampler.begin(slot, request.params, request.prompt)
         return True
 
@@ -394,7 +413,6 @@ class LLM:
         self._reading = None
         if self.prefixes is not None:
             self.prefixes.keep(slot, request.prompt)
-        self.served.meter.begin(slot)
         token = self.sampler.tokens(logits[None], [slot], [0])
         self.served.activate(slot, token[0])
         self._take([slot], token.tolist(), logits[None])
@@ -440,8 +458,10 @@ class LLM:
         wrong: BaseException | None = None
         for request, delta in news:
             try:
-                if request.on_text is not None:
-                    request.on_text(delta)
+                if request.on_text is not None and not request.told_end:
+                    request.told_end = delta.finished
+                    if request.on_text(delta) is False and not delta.finished:
+                        self.abort(request.index)
             except BaseException as error:
                 wrong = wrong or error
         if wrong is not None:
@@ -490,20 +510,3 @@ _OF_WORKERS = (
     *("model", "prefill", "decode", "device", "dtype", "max_batch", "max_length", "kv_memory", "page"),
     *("prefill_chunk", "reuse_prefixes", "compile_layers", "seed"),
 )
-
-
-def _eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends an answer, as the model's generation config and its tokenizer say."""
-    named: Iterable[Any] = (
-        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
-        getattr(tokenizer, "eos_token_id", None),
-    )
-    return frozenset(_flat(named))
-
-
-def _flat(ids: Iterable[Any]) -> Iterator[int]:
-    for x in ids:
-        if isinstance(x, (list, tuple)):
-            yield from x
-        elif x is not None:
-            yield int(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,38 @@ class Meter:
         out, dense = out_BTHD.float(), dense_BTHD.float()
         difference, norm = ((x**2).sum((1, 3)).sqrt() for x in (out - dense, dense))
         self.errors[phase].append((difference / norm.clamp(min=1e-30)).flatten().cpu())
+
+
+class StepMeter:
+    """Counts the keys that decode steps read, slot by slot, without waiting for the device.
+
+    Attributes:
+        read, cached: (query head, key) pairs so far, fp64 ``[slots]``.
+    """
+
+    measure_error = False
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.read, self.cached = (torch.zeros(slots, dtype=torch.float64, device=device) for _ in range(2))
+
+    def begin(self, slot: int) -> None:
+        """Count anew for a slot."""
+        self.read[slot], self.cached[slot] = 0, 0
+
+    def kept(self, slot: int) -> float | None:
+        """Share of the cached keys that the steps of a slot read; None before one that was counted."""
+        read, cached = float(self.read[slot]), float(self.cached[slot])
+        return read / cached if cached else None
+
+    def add_step(
+        self, kv: KV, heads: int, layer: int, middle: KV | None, selection: Selection | None, scanned: Any
+    ) -> None:
+        """As ``Meter.add_step``."""
+        read = kv.length * heads
+        if middle is not None and selection is not None:
+            read = (kv.length - middle.length) * heads + per_query_head(selection.count, heads, 1).sum(1)
+        self.read += read
+        self.cached += kv.length * heads
 
 
 def _mean(parts: list[Tensor]) -> float | None:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from keysift.checkpoint import check_ranks, load, pick_device, pick_dtype
-from keysift.hf.parallel import Local, deal_out, join, leave, localise, ranks_of_environment, the_group
+from keysift.hf.parallel import (
+    deal_out,
+    is_dealt_out,
+    join,
+    leave,
+    localise,
+    ranks_here,
+    ranks_of_environment,
+    the_group,
+)
 from keysift.workers import Workers
 
 
@@ -47,6 +56,10 @@ class Ranks:
             self.model, self.tokenizer = load(name, where, pick_dtype(dtype, where))
             return
         check_ranks(name, ranks)
+        if started == 1 and ranks_here() > 1:
+            raise ValueError(f"tensor_parallel={ranks}: this process has another such LLM open; close that first")
+        if device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f"device={device}: with tensor_parallel, choose auto, cuda or cpu")
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         where = pick_device(f"cuda:{rank}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
         if where.type == "cuda" and torch.cuda.device_count() < ranks:
@@ -75,6 +88,11 @@ class Ranks:
         """
         if self._workers is not None:
             self._workers.tell(*call)
+
+    def give_up(self) -> None:
+        """End the processes that were started here: an error in this one alone has left them waiting for it."""
+        if self._workers is not None:
+            self._workers.end("an error in one process has ended the others; make a new LLM")
 
     def died(self) -> bool:
         """Whether one of them has died, or is found dead within a second."""
@@ -105,7 +123,7 @@ def deal_out_once(model: Any, ranks: int | None) -> None:
     """
     if ranks != ranks_of_environment():
         raise ValueError(f"tensor_parallel={ranks} of a loaded model: torchrun must start as many; or pass its folder")
-    if not any(isinstance(module, Local) for module in model.modules()):
+    if not is_dealt_out(model):
         join(model.device)
         deal_out(model, the_group(model.device))
 

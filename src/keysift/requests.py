@@ -10,7 +10,7 @@ from keysift.meter import Meter
 from keysift.sampling import Logprobs, SamplingParams
 from keysift.text import Detokenizer
 
-OnText = Callable[["Delta"], None]
+OnText = Callable[["Delta"], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Request:
     reused: int = 0
     first_token: float | None = None
     last_token: float | None = None
-    reason: str | None = None
+    told_end: bool = False
 
     @property
     def rows(self) -> int:

@@ -52,14 +52,18 @@ class SamplingParams:
         check_seed(self.seed)
         rules = (
             ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0, or 1e-6 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "1 or more, or 0 for all"),
+            ("top_k", isinstance(self.top_k, int) and 0 <= self.top_k < 2**31, "1 or more, or 0 for all"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0"),
             ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of strings that are not empty"),
             ("stop_token_ids", _tuple_of(int, self.stop_token_ids), "a tuple of token ids"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
+            (
+                "logprobs",
+                self.logprobs is None or (isinstance(self.logprobs, int) and 0 <= self.logprobs <= MOST_LOGPROBS),
+                f"0 to {MOST_LOGPROBS}",
+            ),
         )
         for name, holds, able in rules:
             if not holds:
@@ -124,7 +128,7 @@ def drawn(p: Tensor, token: Tensor, u: Tensor) -> Tensor:
     """Tokens ``[B]`` by uniform numbers ``u`` in (0, 1), ``[B]``, of what ``likeliest`` returns."""
     reached = p.cumsum(-1)
     place = torch.searchsorted(reached, (u.double() * reached[:, -1])[:, None])
-    last = (p > 0).sum(-1, keepdim=True) - 1
+    last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     return token.gather(-1, torch.minimum(place, last))[:, 0]
 
 

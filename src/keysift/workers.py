@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Workers:
         key, count = secrets.token_hex(16), ranks - 1
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         self.environment = meeting | {"RANK": "0", "LOCAL_RANK": "0"}
-        self._closing = False
+        self._closing = self._noticed = False
         self.dead: str | None = None
         listener = Listener(authkey=key.encode())
         self._processes = [
@@ -75,12 +76,20 @@ class Workers:
                 connection.send(call)
             except OSError as error:
                 time.sleep(0.5)  # for who watches to see which it was
+                self._noticed = True
                 raise RuntimeError(self.dead or "a tensor-parallel worker is gone") from error
 
     def check(self) -> None:
         """Raise RuntimeError if a worker has died."""
         if self.dead:
+            self._noticed = True
             raise RuntimeError(self.dead)
+
+    def end(self, why: str) -> None:
+        """Kill the processes; later calls are refused with the reason."""
+        self._closing, self.dead = True, self.dead or why
+        for process in self._processes:
+            process.kill()
 
     def close(self) -> None:
         """End the processes."""
@@ -108,7 +117,7 @@ class Workers:
     def _end_unless_noticed(self) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline:
-            if self._closing:
+            if self._closing or self._noticed:
                 return
             time.sleep(0.1)
         sys.stderr.write(f"keysift: {self.dead}\n")  # the last that is heard of this process
@@ -120,11 +129,15 @@ class Workers:
 
 def serve(make: Callable[[dict[str, Any]], Any]) -> None:
     """What a worker does: make an object of the first call's options, and have it do what it hears, until the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the user started
     address, parent = sys.argv[1], int(sys.argv[2])
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     connection = Client(address, authkey=os.environ[KEY].encode())
     (options,) = connection.recv()
-    made = make(options)
+    try:
+        made = make(options)
+    except ValueError:  # which the first process says too
+        os._exit(1)
     try:
         while True:
             name, *args = connection.recv()

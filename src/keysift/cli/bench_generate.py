@@ -77,8 +77,7 @@ def command(
     as_json: bench.AsJson = False,
 ) -> None:
     """Time whole generations by the engine, beside the time to read all weights and keys once."""
-    rank = rank_of(tensor_parallel)
-    where = pick_device(f"cuda:{rank}" if tensor_parallel > 1 and device in ("auto", "cuda") else device)
+    where = pick_device(device)
     on_gpu = where.type == "cuda"
     name = bench.shape_name(shape, model, on_gpu)
     sizes = (GPU_SHAPES if on_gpu else CPU_SHAPES) if shapes is None else parse_shapes(shapes)
@@ -87,6 +86,9 @@ def command(
     chosen = [parse(spec, "decode") for spec in methods or METHODS]
     book = None if text is None else read_prompt(None, text, None)
     longest = max(generate.rows_needed(size, setup.read) for size in sizes)
+    rank = rank_of(tensor_parallel)
+    if rank and on_gpu:
+        where = pick_device(f"cuda:{rank}")
     file = None if rank else bench.claim(out, "generate.json", force)
     console = Console(stderr=True, quiet=rank > 0)
     with console.status("Making the model" if model is None else "Loading the model"):

@@ -81,6 +81,8 @@ def command(
     choice = sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, max_new_tokens)
     check_range("prefill_chunk", prefill_chunk, 1)
     one_of("kv_device", kv_device, KV_DEVICES)
+    if stop and kv_device == "cpu":
+        raise ValueError("--stop: not with --kv-device cpu")
     one_of("select_device", select_device, SELECT_DEVICES)
     if host_memory is not None and not 0 < host_memory < math.inf:
         raise ValueError(f"host_memory={host_memory}: choose more than 0, in GiB")
@@ -148,12 +150,12 @@ def sampling(
 
 def as_transformers(params: SamplingParams) -> dict[str, Any]:
     """Arguments of ``generate()``; what they do not name stays as the model's own generation config has it."""
-    if params.stop:
-        raise ValueError("--stop: not with --kv-device cpu")
-    if params.temperature == 0:
-        return {"do_sample": False, "num_beams": 1}
-    names = ("temperature", "top_p", "top_k", "min_p")
-    return {"do_sample": True, "num_beams": 1, **{name: getattr(params, name) for name in names}}
+    arguments: dict[str, Any] = {"num_beams": 1, "do_sample": params.temperature > 0}
+    if params.repetition_penalty != 1:
+        arguments["repetition_penalty"] = params.repetition_penalty
+    if params.temperature > 0:
+        arguments |= {name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    return arguments
 
 
 def run(
@@ -165,7 +167,6 @@ def run(
 ) -> Generation:
     """Generate, with a bar over prefill and the text as it comes; Ctrl-C ends it early and keeps what there is."""
     chunks, interrupted = math.ceil(len(ids) / (llm.prefill_chunk or len(ids))), False
-    start = time.perf_counter()
     with prefill_bar(llm.model, len(ids), chunks, console) as end_bar:
         stream = Stream(None, write, on_first_token=end_bar)
         index, done = llm.submit(ids, params, stream.take), list[keysift.RequestOutput]()
@@ -180,7 +181,7 @@ def run(
     if out.text and not out.text.endswith("\n"):
         write("\n")
     stats = {
-        "ttft_s": None if stream.first_time is None else stream.first_time - start,
+        "ttft_s": out.stats.ttft_s,
         "tokens_per_s": out.stats.tokens_per_s,
         "prefill_density": out.stats.prefill_density,
         "kept_fraction": out.stats.kept_fraction,

@@ -44,7 +44,7 @@ class Stream:
 
     def take(self, delta: Delta) -> None:
         """The same from the engine, which keeps the text itself."""
-        if not delta.finished or self.first_time is None:
+        if delta.token_ids:
             self._note_time()
         self._show(delta.text)
         if self.interrupted and not delta.finished:
@@ -96,7 +96,10 @@ def stop_between_tokens(stream: Stream) -> Iterator[None]:
 
 @contextmanager
 def prefill_bar(model: Any, prompt_tokens: int, chunks: int, console: Console) -> Iterator[Callable[[], None]]:
-    """A bar that advances with every decoder layer of every chunk; the function it gives ends it (first token)."""
+    """A bar that advances with every decoder layer of every chunk; the function it gives ends it (first token).
+
+    When it is full nothing of it is left in the model, whose steps may then be compiled.
+    """
     if not console.is_terminal:
         yield lambda: None
         return
@@ -104,11 +107,20 @@ def prefill_bar(model: Any, prompt_tokens: int, chunks: int, console: Console) -
     layers = decoder_layers(model)
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         task = progress.add_task(f"Reading {prompt_tokens:,} tokens", total=len(layers) * chunks or None)
-        hooks = [layer.register_forward_hook(lambda *_: progress.advance(task)) for layer in layers]
 
-        def finish() -> None:
+        def advance(*_: object) -> None:
+            progress.advance(task)
+            if progress.finished:
+                unhook()
+
+        hooks = [layer.register_forward_hook(advance) for layer in layers]
+
+        def unhook() -> None:
             for hook in hooks:
                 hook.remove()
+
+        def finish() -> None:
+            unhook()
             progress.stop()
 
         try:

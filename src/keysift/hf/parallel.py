@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-TIMEOUT = timedelta(seconds=25)  # for which a process waits for another in a collective operation
+TIMEOUT = timedelta(minutes=5)  # one may load or compile for longer than another; deaths are noticed otherwise
 COLUMNS, ROWS, GATHERED = "colwise", "rowwise", ("colwise_gather_output", "colwise_rep")
 REPLICATED = "replicated_with_grad_allreduce"
 GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch has renamed it
@@ -124,8 +124,11 @@ def leave(politely: bool = True) -> None:
     """Leave the group; where another process has died, without a word to it."""
     global _group
     _group = None
-    if politely and dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        if not politely and dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
 
 @torch.library.custom_op("keysift::sum_over_ranks", mutates_args=())
@@ -175,6 +178,11 @@ class Local(nn.Module):
             return total if self.bias is None else total + self.bias
         part = F.linear(x, self.weight, self.bias)
         return torch.ops.keysift.gather_over_ranks(part, self.width) if self.how == "gathered" else part
+
+
+def is_dealt_out(model: nn.Module) -> bool:
+    """Whether this process has but a part of a model."""
+    return any(isinstance(module, Local) for module in model.modules())
 
 
 def deal_out(model: nn.Module, group: Group) -> None:

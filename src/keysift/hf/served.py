@@ -11,7 +11,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +22,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
-from keysift.meter import Meter
+from keysift.hf.parallel import is_dealt_out, least
+from keysift.meter import Meter, StepMeter
 from keysift.methods import dense
 from keysift.ops.dense import dense_attention
-from keysift.ops.heads import per_query_head
 from keysift.slots import Slots
-from keysift.types import KV, Ctx, Decode, Prefill, Selection
+from keysift.types import KV, Ctx, Decode, Prefill
 
 NAME = "keysift-slots"
 NO_WINDOW = 0
+OF_LONGEST = {"dynamic", "longrope"}  # whose frequencies depend on the longest sequence of a batch
 WARMUP_STEPS = 2  # before a capture: layers and kernels are compiled, and buffers made
 DENSE = dense.Method()
 log = logging.getLogger(__name__)
@@ -107,38 +108,6 @@ class Reading(NamedTuple):
     meter: Meter
 
 
-class StepMeter:
-    """Counts the keys that decode steps read, slot by slot, without waiting for the device.
-
-    Attributes:
-        read, cached: (query head, key) pairs so far, fp64 ``[slots]``.
-    """
-
-    measure_error = False
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self.read, self.cached = (torch.zeros(slots, dtype=torch.float64, device=device) for _ in range(2))
-
-    def begin(self, slot: int) -> None:
-        """Count anew for a slot."""
-        self.read[slot], self.cached[slot] = 0, 0
-
-    def kept(self, slot: int) -> float | None:
-        """Share of the cached keys that the steps of a slot read; None before one that was counted."""
-        read, cached = float(self.read[slot]), float(self.cached[slot])
-        return read / cached if cached else None
-
-    def add_step(
-        self, kv: KV, heads: int, layer: int, middle: KV | None, selection: Selection | None, scanned: Any
-    ) -> None:
-        """As ``Meter.add_step``."""
-        read = kv.length * heads
-        if middle is not None and selection is not None:
-            read = (kv.length - middle.length) * heads + per_query_head(selection.count, heads, 1).sum(1)
-        self.read += read
-        self.cached += kv.length * heads
-
-
 class ServedModel:
     """A model whose attention goes through slots until ``close``.
 
@@ -208,6 +177,11 @@ class ServedModel:
 
     def open(self, slots: Slots) -> None:
         """Have keys and values of all sequences go to ``slots``, ``slots.capacity`` rows at most each."""
+        if len(slots) > 1 and (kinds := rope_types(self.model) & OF_LONGEST):
+            raise ValueError(
+                f"the RoPE of this {type(self.model).__name__} ({kinds.pop()}) depends on the longest sequence of a"
+                " batch: choose max_batch=1"
+            )
         device, self.slots = slots.device, slots
         self.stores = [Store.in_pages(slots, *shape) for shape in self.shapes]
         self.ids = torch.zeros(len(slots), 1, dtype=torch.int64, device=device)
@@ -224,8 +198,11 @@ class ServedModel:
         self._tails: dict[int, Tensor] = {}  # last queries of the prompt that is being read, by layer
 
     def close(self) -> None:
-        """Give the model its own attention back; memory goes with this object."""
+        """Give the model its own attention back, and the memory of keys and values."""
         self._graph = None
+        if hasattr(self, "slots"):
+            self.stores.clear()
+            self.slots.stores.clear()
         self._give_back()
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
@@ -252,14 +229,18 @@ class ServedModel:
             slots.end_prompt(slot)
         self._reading = Reading(slot, start == 0, last, meter)
         device = slots.device
-        with torch.no_grad():
-            out = self.model(
-                input_ids=torch.tensor([token_ids], device=device),
-                position_ids=torch.arange(start, start + tokens, device=device)[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        try:
+            with torch.no_grad():
+                out = self.model(
+                    input_ids=torch.tensor([token_ids], device=device),
+                    position_ids=torch.arange(start, start + tokens, device=device)[None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        except BaseException:
+            slots.truncate(slot, start)
+            raise
         if last:
             self._reading = None
         return out.logits[0, -1].float()
@@ -314,17 +295,20 @@ class ServedModel:
         """
         reading, self._reading = self._reading, None
         try:
-            if self.graphed is None and self.slots.device.type == "cuda":
-                self._prepare()
-            if self._graph is None or metered:
-                self._metering = metered
-                self._step()
-                self._metering = False
-            else:
-                self._graph.replay()
+            with on_device(self.slots.device):
+                if self.graphed is None and self.slots.device.type == "cuda":
+                    self._prepare()
+                if self._graph is None or metered:
+                    self._metering = metered
+                    self._step()
+                else:
+                    self._graph.replay()
             self.slots.note([int(x) for x in self._active])
+        except BaseException:
+            self._take_back()  # of idle slots too
+            raise
         finally:
-            self._reading = reading
+            self._reading, self._metering = reading, False
 
     def _step(self) -> None:
         slots = self.slots
@@ -373,17 +357,19 @@ class ServedModel:
     def _try(self, what: str, do: Callable[[], None]) -> bool:
         try:
             do()
+            worked = True
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            log.warning(
-                "%s: cannot %s a decode step, which will be slower: %s", type(self.model).__name__, what, reason
-            )
+            reason, worked = " ".join(str(error).split())[:200], False
+            model = type(self.model).__name__
+            log.warning("%s: cannot %s a decode step, which will be slower: %s", model, what, reason)
+        if is_dealt_out(self.model):  # all processes have to do the same
+            worked = least(int(worked)) == 1
+        if not worked:
             self._graph = None
             self._take_back()
-            return False
-        return True
+        return worked
 
     def _compile(self) -> None:
         """Compile one layer; the others alike share its code. A lone sequence's products are sums over rows of weights,
@@ -439,6 +425,18 @@ def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: s
     for module in modules:
         module.__dict__.pop("_keysift_where", None)
     model.set_attn_implementation(implementation)
+
+
+def rope_types(model: Any) -> set[str]:
+    """Kinds of rotary embedding that a model's config names."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # of all layers, or of each kind of layer
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Streams and graphs made within are the device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
