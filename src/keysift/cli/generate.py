@@ -28,6 +28,7 @@ from keysift.sampling import SamplingParams
 from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
+COMPILED = 2048  # new tokens from which on compiling a GPU's steps pays
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
 
 
@@ -115,7 +116,8 @@ def command(
             penalty = getattr(lm.generation_config, "repetition_penalty", None) or 1.0
             choice = replace(choice, repetition_penalty=penalty)
         length: dict[str, Any] = {"max_batch": 1, "max_length": len(ids) + allowed, "prefill_chunk": prefill_chunk}
-        with keysift.LLM(lm, tokenizer=tokenizer, **methods, **length, seed=seed) as llm:
+        compiles = allowed >= COMPILED  # which takes some 15 seconds
+        with keysift.LLM(lm, tokenizer=tokenizer, **methods, **length, compile_layers=compiles, seed=seed) as llm:
             out = run(llm, ids, replace(choice, max_new_tokens=allowed), console, show)
     if as_json:
         print(json.dumps(out._asdict()))
