@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from keysift import pocket
-from keysift.bench import first_token, generate
+from keysift.bench import first_token, generate, steps
 from keysift.bench.generate import Shape, Subject
 from keysift.bench.generate_plot import draw_generations
 from keysift.cli import main
@@ -85,7 +85,7 @@ def test_a_copy_counts_what_it_reads_and_writes(monkeypatch):
 def test_contexts_hold_noise_and_their_side_data(subject):
     shape = Shape(2, 200, 3)
     with generate._engine(shape, subject, generate.Setup(page=16), QUEST) as llm:
-        generate.fill(llm, shape, QUEST, 0)
+        steps.fill(llm.model, llm.slots, llm.served.stores, 200, generate.rows_needed(shape, read=False), QUEST, 0)
         assert llm.slots.lengths == llm.slots.prompts == [200, 200]
         for store in llm.served.stores:
             assert float(store.k[1:].std()) == pytest.approx(1, abs=0.02)

@@ -10,7 +10,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -424,11 +423,10 @@ class LLM:
         self._steps += 1
         requests = [self._running[slot] for slot in slots]
         asked = any(not r.params.greedy or r.params.logprobs is not None for r in requests)
-        index = torch.tensor(slots, device=self.model.device)
-        logits = self.served.logits[index] if asked else None
+        logits = self.served.logits[slots] if asked else None
         if logits is not None and any(not r.params.greedy for r in requests):
             tokens = self.sampler.tokens(logits, slots, [len(r.text.token_ids) for r in requests])
-            self.served.ids[index, 0] = tokens
+            self.served.ids[slots, 0] = tokens
             known = tokens.tolist()
         else:
             all_known = self.served.ids[:, 0].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -80,6 +81,5 @@ class Prefixes:
         """A name for each whole chunk, which tells all tokens up to its end."""
         digest = hashlib.sha256()
         for end in range(self._chunk, len(token_ids) + 1, self._chunk):
-            for token in token_ids[end - self._chunk : end]:
-                digest.update(token.to_bytes(8, "little"))
+            digest.update(array("q", token_ids[end - self._chunk : end]).tobytes())
             yield digest.digest()

@@ -264,6 +264,11 @@ class Slots:
         """Tell the host what the device has appended."""
         self.lengths = [n + more for n, more in zip(self.lengths, rows, strict=True)]
 
+    def take_back(self) -> None:
+        """Undo what the device has appended and the host was not told of."""
+        for slot, length in enumerate(self.lengths):
+            self.truncate(slot, length)
+
     @property
     def lengths_are_known(self) -> bool:
         """Whether views may tell the host's lengths."""

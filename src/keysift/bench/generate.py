@@ -17,13 +17,13 @@ from keysift.bench import steps
 from keysift.bench.prefill import failure
 from keysift.bench.steps import DENSE, WARMUP, let_go, timed_ms
 from keysift.engine import LLM
-from keysift.hf.parallel import least, ranks_here
+from keysift.hf.parallel import least
 from keysift.methods import describe
 from keysift.offload import free_device_bytes
 from keysift.requests import Delta, RequestOutput
 from keysift.sampling import SamplingParams
 from keysift.slots import check_page
-from keysift.types import Ctx, check_seed
+from keysift.types import check_seed
 
 CHUNK = 16384  # tokens of a prompt that are read at a time: what is computed of them fits beside a full cache
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
@@ -270,7 +270,8 @@ def _engine(shape: Shape, subject: Subject, setup: Setup, method: Any) -> LLM:
 def _noise(shape: Shape, llm: LLM, method: Any, setup: Setup) -> Timed:
     """Steps over contexts of noise."""
     served, on_gpu, times, tokens = llm.served, llm.model.device.type == "cuda", [], []
-    fill(llm, shape, method, setup.seed)
+    rows = rows_needed(shape, read=False)
+    steps.fill(llm.model, llm.slots, served.stores, shape.prefix, rows, method, setup.seed)
     for slot in range(shape.batch):
         served.meter.begin(slot)
         served.activate(slot, 0)
@@ -280,26 +281,6 @@ def _noise(shape: Shape, llm: LLM, method: Any, setup: Setup) -> Timed:
         tokens.append(served.ids[0, 0].clone())
     kept = [served.meter.kept(slot) for slot in range(shape.batch)]
     return Timed(times[WARMUP:], torch.stack(tokens[WARMUP:]).tolist(), kept, [])
-
-
-def fill(llm: LLM, shape: Shape, method: Any, seed: int) -> None:
-    """Have all slots hold ``shape.prefix`` rows of noise, with the method's side data, and room for the steps."""
-    slots, model = llm.slots, llm.model
-    noise = torch.Generator(model.device).manual_seed(seed)
-    for slot in range(shape.batch):
-        slots.reserve(slot, rows_needed(shape, read=False))
-    slots.append(shape.prefix)
-    for slot in range(shape.batch):
-        slots.end_prompt(slot)
-    heads = model.config.get_text_config(decoder=True).num_attention_heads // ranks_here()
-    for layer, store in enumerate(llm.served.stores):
-        assert store.k is not None and store.v is not None
-        store.k.normal_(generator=noise)
-        store.v.normal_(generator=noise)
-        if method != DENSE and layer not in method.dense_layers:
-            tail = shape.batch, max(1, method.tail), heads, store.k.shape[3]
-            q = torch.randn(tail, generator=noise, device=model.device).to(model.dtype)
-            store.begin(method, q, Ctx(layer, store.k.shape[3] ** -0.5, slots.positions, seed))
 
 
 def _read(shape: Shape, llm: LLM, subject: Subject, setup: Setup) -> Timed:

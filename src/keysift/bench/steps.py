@@ -17,8 +17,10 @@ import torch
 
 from keysift.bench.layers import Shape
 from keysift.bench.prefill import failure
+from keysift.cache import Store
 from keysift.hf import attach
 from keysift.hf.paged import PagedCache, StepGraph
+from keysift.hf.parallel import ranks_here
 from keysift.methods import dense, describe
 from keysift.offload import free_device_bytes
 from keysift.slots import Slots, check_page
@@ -157,23 +159,27 @@ def filled(model: Any, setup: Setup, batch: int, context: int, method: Any) -> P
     pages = -(-rows_needed(setup, context) // setup.page)
     slots = Slots(batch, setup.page, pages, batch * pages + 1, model.device)
     cache = PagedCache(model, slots)
-    noise = torch.Generator(model.device).manual_seed(setup.seed)
-    for slot in range(batch):
-        slots.reserve(slot, rows_needed(setup, context))
+    fill(model, slots, cache.stores, context, rows_needed(setup, context), method, setup.seed)
+    return cache
+
+
+def fill(model: Any, slots: Slots, stores: Sequence[Store], context: int, rows: int, method: Any, seed: int) -> None:
+    """Have all slots hold ``context`` rows of noise, with the method's side data, and room for ``rows``."""
+    noise = torch.Generator(model.device).manual_seed(seed)
+    for slot in range(len(slots)):
+        slots.reserve(slot, rows)
     slots.append(context)
-    for slot in range(batch):
+    for slot in range(len(slots)):
         slots.end_prompt(slot)
-    heads = model.config.get_text_config(decoder=True).num_attention_heads
-    for layer, store in enumerate(cache.stores):
+    heads = model.config.get_text_config(decoder=True).num_attention_heads // ranks_here()
+    for layer, store in enumerate(stores):
         assert store.k is not None and store.v is not None
         store.k.normal_(generator=noise)
         store.v.normal_(generator=noise)
         if layer not in method.dense_layers and method != DENSE:
-            tail = torch.randn(
-                batch, max(1, method.tail), heads, store.k.shape[3], generator=noise, device=model.device
-            ).to(model.dtype)
-            store.begin(method, tail, Ctx(layer, store.k.shape[3] ** -0.5, slots.positions, setup.seed))
-    return cache
+            tail = len(slots), max(1, method.tail), heads, store.k.shape[3]
+            q = torch.randn(tail, generator=noise, device=model.device).to(model.dtype)
+            store.begin(method, q, Ctx(layer, store.k.shape[3] ** -0.5, slots.positions, seed))
 
 
 def _as_eager(graph: StepGraph) -> bool:

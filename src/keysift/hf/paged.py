@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from keysift.cache import Store
 from keysift.slots import Slots
 
-WARMUP_STEPS = 2  # before a capture: kernels are compiled, and buffers made
+WARMUP_STEPS = 2  # before a capture: layers and kernels are compiled, and buffers made
 
 
 class PagedLayer(CacheLayerMixin):
@@ -81,9 +82,8 @@ class StepGraph:
         self.model, self.cache, self.limit = model, cache, limit
         self.ids = torch.zeros(len(cache.slots), 1, dtype=torch.int64, device=cache.slots.device)
         self._one = torch.ones(len(cache.slots), dtype=torch.int64, device=cache.slots.device)
-        self.graph = torch.cuda.CUDAGraph() if self.ids.is_cuda else None
-        if self.graph is not None:
-            self._capture(self.graph)
+        self.graph = captured(self._step, cache.slots) if self.ids.is_cuda else None
+        self.ids.zero_()
 
     def step(self) -> None:
         """One more token for every slot."""
@@ -106,21 +106,22 @@ class StepGraph:
             out = self.model(input_ids=self.ids, position_ids=position, past_key_values=self.cache, use_cache=True)
             self.ids.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
 
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> None:
-        ids = self.ids.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP_STEPS):
-                self._step()
-                self._take_back()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            self._step()
-        self._take_back()
-        self.ids.copy_(ids)
 
-    def _take_back(self) -> None:
-        """Undo a step that the host was not told of."""
-        for slot, length in enumerate(self.cache.slots.lengths):
-            self.cache.slots.truncate(slot, length)
+def captured(step: Callable[[], None], slots: Slots) -> torch.cuda.CUDAGraph:
+    """A step of all slots as a graph; the slots are left as they were.
+
+    Args:
+        step: appends to the slots what the host is not told of.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_STEPS):
+            step()
+            slots.take_back()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    slots.take_back()
+    return graph

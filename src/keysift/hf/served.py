@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
+from keysift.hf.paged import captured
 from keysift.hf.parallel import is_dealt_out, least
 from keysift.meter import Meter, StepMeter
 from keysift.methods import dense
@@ -32,7 +33,6 @@ from keysift.types import KV, Ctx, Decode, Prefill
 NAME = "keysift-slots"
 NO_WINDOW = 0
 OF_LONGEST = {"dynamic", "longrope"}  # whose frequencies depend on the longest sequence of a batch
-WARMUP_STEPS = 2  # before a capture: layers and kernels are compiled, and buffers made
 DENSE = dense.Method()
 log = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ class ServedModel:
                     self._graph.replay()
             self.slots.note([int(x) for x in self._active])
         except BaseException:
-            self._take_back()  # of idle slots too
+            self.slots.take_back()  # of idle slots too
             raise
         finally:
             self._reading, self._metering = reading, False
@@ -368,7 +368,7 @@ class ServedModel:
             worked = least(int(worked)) == 1
         if not worked:
             self._graph = None
-            self._take_back()
+            self.slots.take_back()
         return worked
 
     def _compile(self) -> None:
@@ -382,7 +382,7 @@ class ServedModel:
             layer.__dict__["_keysift_compiled"] = layer._compiled_call_impl
             layer._compiled_call_impl = None
         self._step()
-        self._take_back()
+        self.slots.take_back()
 
     @contextmanager
     def _compiled(self) -> Iterator[None]:
@@ -398,23 +398,7 @@ class ServedModel:
                     layer._compiled_call_impl = None
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP_STEPS):
-                self._step()
-                self._take_back()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._take_back()
-        self._graph = graph
-
-    def _take_back(self) -> None:
-        """Undo a step that the host was not told of."""
-        for slot, length in enumerate(self.slots.lengths):
-            self.slots.truncate(slot, length)
+        self._graph = captured(self._step, self.slots)
 
 
 def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: str) -> None:
