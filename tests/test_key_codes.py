@@ -276,14 +276,30 @@ def test_factors_of_long_middles_are_found_from_a_scattered_sample(device):
     assert float(u.sum()) == pytest.approx(0.05 * 8997, rel=0.1)
 
 
-def drawn(x, quota, rule, most_rows=None, kernel=True, positions=POSITIONS, seed=7, side=None, new=None):
+def drawn(x, quota, rule, most_rows=None, kernel=True, positions=POSITIONS, seed=7, side=None, new=None, first=0):
     codes, size = hashed(x) if side is None else side
     most_rows = x.kv.bound if most_rows is None else most_rows
     at, scale = positions[: len(x.q)].to(x.q.device), x.q.shape[2] ** -0.5
     what = (x.q, codes, size, x.kv, x.mean, x.w, x.planes, scale, quota)
     if kernel:
-        return sampling.sample(*what, key_codes.seed_state(seed, 1), at, most_rows, *rule, new)
-    return key_codes.sample(*what, seed, 1, at, most_rows, *rule, new)
+        return sampling.sample(*what, key_codes.seed_state(seed, 1), at, most_rows, *rule, first, new)
+    return key_codes.sample(*what, seed, 1, at, most_rows, *rule, first, new)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_process_with_some_of_the_heads_draws_what_one_with_all_of_them_draws(rule, kernel, device):
+    x = world(Case(((3, 700), (40, 300)), dim=16, group=2, kv_heads=2), device)
+    codes, size = hashed(x)
+    kv = x.kv._replace(k=x.kv.k[:, :, 1:], v=x.kv.v[:, :, 1:])
+    alone = x._replace(q=x.q[:, 2:], kv=kv, mean=x.mean[:, 1:], w=x.w[1:].contiguous())
+    side = codes[:, 1:].contiguous(), size[:, 1:].contiguous()
+    for most in (200, 60):  # of which too many are drawn
+        both = drawn(x, Quota(share=0.2), rule, most, kernel, side=(codes, size))
+        part = drawn(alone, Quota(share=0.2), rule, most, kernel, side=side, first=1)
+        assert lists_of(part) == lists_of_last_head(both)
+        assert lists_of(drawn(alone, Quota(share=0.2), rule, most, kernel, side=side)) != lists_of(part)
 
 
 def same_draw(a, b):
@@ -302,6 +318,11 @@ DRAWS = [  # every rule and every case once; the rest is slow
     for i, draw in enumerate([(1, 9, 60), (2, 30, 9), (3, 1, 5), (4, 25, 90)])
     for j, rule in enumerate(RULES)
 ]
+
+
+def lists_of_last_head(draw):
+    own = draw.selection.count.shape[1] // 2
+    return lists_of(draw._replace(selection=type(draw.selection)(*(x[:, own:] for x in draw.selection))))
 
 
 def lists_of(draw):

@@ -16,6 +16,10 @@ from tests.devices import INTERPRETED
 from tests.tiny_models import tiny
 
 SPECS = ("dense", "quest:keep=0.3,page=4,window=8,dense_layers=none,dense_below=0", "snapkv:budget=30,window=8")
+DRAWN = tuple(
+    f"{spec},window=8,sinks=2,dense_layers=none,dense_below=0"
+    for spec in ("signbits:keep=0.3", "magicpig:K=3,L=20", "oracle:keep=0.3", "verified:base=0.1,top=0.1")
+)
 DEALT = ("qwen2", "qwen3", "llama-linear-rope-mha", "gemma3", "gpt-neox", "phi3")
 PROMPTS = [[5, 6, 7, 8, 9] * 10, [3, 4] * 30, [11] * 20, [50, 51, 52] * 12]
 PROGRAM = """
@@ -23,7 +27,7 @@ import json, os, sys
 from keysift import LLM, SamplingParams
 found = {}
 for path in sys.argv[2:]:
-    for spec in SPECS:
+    for spec in SPECS[path]:
         with LLM(path, decode=spec, device="cpu", max_batch=3, max_length=128, page=16) as llm:
             out = llm.generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.5, seed=3))
             found[f"{path} {spec}"] = [llm.served.shapes[0].kv_heads, [x.token_ids for x in out]]
@@ -52,14 +56,15 @@ def folders(tmp_path_factory):
 def test_two_processes_give_the_tokens_of_one(folders, tmp_path):
     paths = [str(folders[name]) for name in DEALT]
     program = tmp_path / "program.py"
-    program.write_text(f"SPECS = {SPECS}\nPROMPTS = {PROMPTS}\n" + PROGRAM)
+    specs = {path: SPECS + DRAWN * ("qwen" in path) for path in paths}
+    program.write_text(f"SPECS = {specs}\nPROMPTS = {PROMPTS}\n" + PROGRAM)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     done = subprocess.run([*start, str(tmp_path / "out"), *paths], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for path in paths:
-        for spec in SPECS:
+        for spec in specs[path]:
             with LLM(path, decode=spec, device="cpu", max_batch=3, max_length=128, page=16) as llm:
                 out = llm.generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.5, seed=3))
                 kv_heads = llm.served.shapes[0].kv_heads

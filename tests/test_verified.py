@@ -170,9 +170,10 @@ def test_its_numbers_are_those_of_their_addresses():
     _, k, v = inputs(300, heads=4, batch=2)
     method, store = verified(), filled(k, v, [0, 7])
     ctx, token = context(store, seed=5), torch.arange(512) - torch.tensor([[0], [7]])
-    found = method._uniform(torch.zeros(2, 4, 512), store.middle(method), ctx)
-    expected = uniform(5, 3, torch.arange(4)[:, None], ctx.positions[:, None, None], token[:, None])
-    assert torch.equal(found, expected)
+    for first in (0, 3):
+        found = method._uniform(torch.zeros(2, 4, 512), store.middle(method), ctx, first)
+        head = torch.arange(first, first + 4)[:, None]
+        assert torch.equal(found, uniform(5, 3, head, ctx.positions[:, None, None], token[:, None]))
 
 
 def test_it_says_what_it_cannot_do():

@@ -127,6 +127,7 @@ class Ctx(NamedTuple):
         seed: with layer, head and position it determines every random draw, so that batching does not change one.
         shared: rows with which all prompts begin alike that share pages, so that side data may depend on these alone;
             None where pages are not shared.
+        first_head: number of the first KV head here, where a layer's heads are dealt out to several processes.
     """
 
     layer: int
@@ -134,6 +135,7 @@ class Ctx(NamedTuple):
     positions: Tensor
     seed: int = 0
     shared: int | None = None
+    first_head: int = 0
 
 
 class BlockMask(NamedTuple):

@@ -21,6 +21,7 @@ from tests.test_key_codes import (
     close_probes,
     hashed,
     lists_of,
+    lists_of_last_head,
     same_draw,
     scored,
     world,
@@ -129,14 +130,27 @@ def test_kernel_finds_the_factors_that_the_reference_finds(case, per, isa):
         assert torch.allclose(found[some], expected[some], rtol=1e-4, atol=1e-3)
 
 
-def drawn(x, quota, rule, isa, most_rows=None, seed=7, side=None, new=None, positions=POSITIONS):
+def drawn(x, quota, rule, isa, most_rows=None, seed=7, side=None, new=None, positions=POSITIONS, first=0):
     codes, size = hashed(x) if side is None else side
     most_rows = x.kv.bound if most_rows is None else most_rows
     at, scale = positions[: len(x.q)], x.q.shape[2] ** -0.5
     what = (x.q, codes, size, x.kv, x.mean, x.w, x.planes, scale, quota)
     if isa is None:
-        return key_codes.sample(*what, seed, 1, at, most_rows, *rule, new)
-    return cpu.sample(*what, key_codes.seed_state(seed, 1), at, most_rows, *rule, new, isa)
+        return key_codes.sample(*what, seed, 1, at, most_rows, *rule, 0, new)
+    return cpu.sample(*what, key_codes.seed_state(seed, 1), at, most_rows, *rule, first, new, isa)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_process_with_some_of_the_heads_draws_what_one_with_all_of_them_draws(rule):
+    x = world(Case(((3, 700), (40, 300)), dim=16, group=2, kv_heads=2), "cpu")
+    codes, size = hashed(x)
+    kv = x.kv._replace(k=x.kv.k[:, :, 1:], v=x.kv.v[:, :, 1:])
+    alone = x._replace(q=x.q[:, 2:], kv=kv, mean=x.mean[:, 1:], w=x.w[1:].contiguous())
+    for most in (200, 40):  # of which too many are drawn
+        both = drawn(x, Quota(share=0.2), rule, "auto", most, side=(codes, size))
+        side = codes[:, 1:].contiguous(), size[:, 1:].contiguous()
+        part = drawn(alone, Quota(share=0.2), rule, "auto", most, side=side, first=1)
+        assert lists_of(part) == lists_of_last_head(both)
 
 
 LONG = Case(((3, 2500), (40, 900)), dim=16, group=2, page=64)

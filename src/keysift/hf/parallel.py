@@ -185,6 +185,12 @@ def is_dealt_out(model: nn.Module) -> bool:
     return any(isinstance(module, Local) for module in model.modules())
 
 
+def first_head(attention: nn.Module, heads: int) -> int:
+    """Number of the first of a layer's ``heads`` KV heads that this process has."""
+    dealt = any(isinstance(module, Local) and module.how == "columns" for module in attention.modules())
+    return _group.rank * heads if dealt and _group is not None else 0
+
+
 def deal_out(model: nn.Module, group: Group) -> None:
     """Keep this process's part of a model that every process has whole.
 

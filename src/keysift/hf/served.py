@@ -23,7 +23,7 @@ from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
 from keysift.hf.paged import captured
-from keysift.hf.parallel import is_dealt_out, least
+from keysift.hf.parallel import first_head, is_dealt_out, least
 from keysift.meter import Meter, StepMeter
 from keysift.methods import dense
 from keysift.ops.dense import dense_attention
@@ -173,6 +173,11 @@ class ServedModel:
         self.vocabulary = out.logits.shape[-1]
         assert self._probed is not None
         self.shapes = [shape for _, shape in sorted(self._probed.items())]
+        layers = sorted(attention_modules(self.model), key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+        self._ctx = [
+            Ctx(layer, 0.0, one, self.seed, first_head=first_head(module, self.shapes[layer].kv_heads))
+            for layer, module in enumerate(layers)
+        ]
         self._probed = None
 
     def open(self, slots: Slots) -> None:
@@ -251,7 +256,7 @@ class ServedModel:
         store, which = self.stores[layer], slice(slot, slot + 1)
         store.write(k, v, which)
         kv = KV.of(k, v) if first else store.view(which)
-        ctx = Ctx(layer, scale, kv.length - 1, self.seed)
+        ctx = self._ctx[layer]._replace(scale=scale, positions=kv.length - 1)
         method = self.prefill_method if window is None else DENSE
         out = path.prefill(q, kv, method, ctx, meter if window is None else Meter(), window=window)[0]
         if window is None and self.decode_method != DENSE and layer not in self.decode_method.dense_layers:
@@ -330,7 +335,7 @@ class ServedModel:
         store.write(k, v)
         if window is not None:
             return dense_attention(q, store.view(), scale, window)
-        ctx = Ctx(layer, scale, self.slots.positions, self.seed)
+        ctx = self._ctx[layer]._replace(scale=scale, positions=self.slots.positions)
         meter: Any = self.meter if self._metering else None
         return path.decode(q[:, 0], store, self.decode_method, ctx, meter)[0][:, None]
 
@@ -376,7 +381,8 @@ class ServedModel:
         which compiled code does faster than a matrix product, if its tiles are well chosen."""
         lone = len(self.slots) == 1
         tuning = {"coordinate_descent_tuning": lone, "max_autotune_pointwise": lone}
-        options = {**tuning, "triton.cudagraphs": False}
+        # with rounding where the model's own code rounds, fused or not
+        options = {**tuning, "triton.cudagraphs": False, "emulate_precision_casts": True}
         for layer in self._layers:
             layer.compile(fullgraph=True, dynamic=False, options=options)
             layer.__dict__["_keysift_compiled"] = layer._compiled_call_impl

@@ -42,9 +42,11 @@ LAYERS = 128  # whose directions are remembered from one run to the next
 
 
 @functools.lru_cache(maxsize=LAYERS)
-def _directions(seed: int, layer: int, kv_heads: int, dim: int, bits: int, count: int, device: torch.device) -> Tensor:
+def _directions(
+    seed: int, layer: int, kv_heads: int, dim: int, bits: int, count: int, device: torch.device, first_head: int
+) -> Tensor:
     with torch.inference_mode(False):
-        return directions(projections(seed, layer, kv_heads, dim, bits * count, device), bits)
+        return directions(projections(seed, layer, kv_heads, dim, bits * count, device, first_head), bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +136,9 @@ class Method(DecodeMethod):
         """
         if self.match == "tables" and device.type != "cpu":
             raise ValueError(f"match=tables: side data are on {device.type}; use match=bits, or select_device=cpu")
-        layer, heads = (ctx.layer, kv_heads) if self.mode == "default" else (0, 1)
+        layer, heads, first = (ctx.layer, kv_heads, ctx.first_head) if self.mode == "default" else (0, 1, 0)
         law = collision_table(*self.hashes, floor=0.0 if self.mode == "default" else 1e-4, pool=self.pooled)
-        constants = {"w": _directions(ctx.seed, layer, heads, dim, *self.codes, device), "law": law.to(device)}
+        constants = {"w": _directions(ctx.seed, layer, heads, dim, *self.codes, device, first), "law": law.to(device)}
         return constants | ({"columns": columns_of(*self.hashes, self.pooled)} if self.match == "tables" else {})
 
     def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:

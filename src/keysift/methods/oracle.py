@@ -25,7 +25,8 @@ class Method(ExactDecode):
         weight = exact_scores(q_BHD, kv, ctx.scale).double().softmax(-1).nan_to_num(0)  # an empty middle has no weights
         draws = self.quota(q_BHD, kv).of(kv.length)
         cumulative = weight.cumsum(-1)
-        head = torch.arange(q_BHD.shape[1], device=q_BHD.device)[:, None]
+        first = ctx.first_head * (q_BHD.shape[1] // kv.k.shape[2])
+        head = torch.arange(first, first + q_BHD.shape[1], device=q_BHD.device)[:, None]
         most = max(1, self.most(kv.bound))
         draw = torch.arange(most, device=q_BHD.device)
         u = uniform(ctx.seed, ctx.layer, ctx.positions[:, None, None], head, draw).double() * cumulative[..., -1:]

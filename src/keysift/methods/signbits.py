@@ -46,7 +46,7 @@ def states(kv_heads: int, dim: int) -> dict[str, State]:
 
 def constants(kv_heads: int, dim: int, device: torch.device, ctx: Ctx) -> dict[str, Tensor]:
     """The rotations of a layer's heads."""
-    return {"w": rotation(ctx.seed, ctx.layer, kv_heads, dim, device)}
+    return {"w": rotation(ctx.seed, ctx.layer, kv_heads, dim, device, ctx.first_head)}
 
 
 def begin(index: Index, prompt: KV, sinks: int, ctx: Ctx) -> None:
@@ -111,6 +111,7 @@ class Method(BudgetedDecode):
             room(self.most(kv.bound), kv.bound),
             self.per,
             self.draws == "independent",
+            ctx.first_head,
         ).selection
 
     def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor:

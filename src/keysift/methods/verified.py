@@ -12,7 +12,7 @@ from keysift.methods import signbits
 from keysift.methods.base import DENSE_LAYERS, DecodeMethod, option
 from keysift.methods.topk import all_keys_bytes, exact_scores
 from keysift.ops.bounds import sample_size
-from keysift.ops.key_codes import estimate, rotation, seed_state
+from keysift.ops.key_codes import estimate, seed_state
 from keysift.ops.random import _absorb
 from keysift.ops.select import listed, top_k
 from keysift.types import KV, Ctx, Index, Selection, Side, State
@@ -51,7 +51,7 @@ class Method(DecodeMethod):
         return signbits.states(kv_heads, dim) if self.by == "signbits" else {}
 
     def constants(self, kv_heads: int, dim: int, device: torch.device, ctx: Ctx) -> dict[str, Tensor]:
-        return {"w": rotation(ctx.seed, ctx.layer, kv_heads, dim, device)} if self.by == "signbits" else {}
+        return signbits.constants(kv_heads, dim, device, ctx) if self.by == "signbits" else {}
 
     def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
         if self.by == "signbits":
@@ -68,7 +68,7 @@ class Method(DecodeMethod):
         top = top_k(rank.masked_fill(~middle, -torch.inf), (self.top * kv.length).long()[:, None])
         rest = middle & ~top
         n = rest.sum(-1)
-        u = self._uniform(rest, kv, ctx)
+        u = self._uniform(rest, kv, ctx, ctx.first_head * (q_BHD.shape[1] // kv.k.shape[2]))
         first = (LEAST / n.clamp(min=1)).clamp(min=self.base)
         sure = (around.contains()[:, None] & ~middle) | top
         v = kv.unpaged().v.masked_fill(~around.contains()[..., None, None], 0)
@@ -95,12 +95,12 @@ class Method(DecodeMethod):
         token = (row - kv.first[:, None]).clamp(0, max(0, by_token.shape[2] - 1))
         return by_token.gather(2, token[:, None].expand(-1, by_token.shape[1], -1)).float()
 
-    def _uniform(self, of_row: Tensor, kv: KV, ctx: Ctx) -> Tensor:
+    def _uniform(self, of_row: Tensor, kv: KV, ctx: Ctx, first_head: int) -> Tensor:
         """``ops.random.uniform`` of seed, layer, head, position and token, ``[B, H, S]``; the host never waits."""
         head, row = (torch.arange(n, device=of_row.device) for n in of_row.shape[1:])
         token = (row - kv.first[:, None])[:, None]
         state = torch.tensor(seed_state(ctx.seed, ctx.layer))  # on the host, as a number
-        for word in (head[:, None], ctx.positions[:, None, None], token):
+        for word in (first_head + head[:, None], ctx.positions[:, None, None], token):
             state = _absorb(state, word)
         return ((state >> 8).float() + 0.5) * 2.0**-24
 

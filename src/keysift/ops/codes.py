@@ -31,10 +31,12 @@ LAW_ERROR = 1e-3  # of a log weight that is read from a table, for cosines of -0
 MAX_POINTS = (1 << 16) + 1
 
 
-def projections(seed: int, layer: int, num_kv_heads: int, dim: int, columns: int, device: torch.device) -> Tensor:
-    """Independent N(0, 1) directions for each KV head of a layer, fp32 ``[K, D, columns]``."""
+def projections(
+    seed: int, layer: int, num_kv_heads: int, dim: int, columns: int, device: torch.device, first_head: int = 0
+) -> Tensor:
+    """Independent N(0, 1) directions for each KV head of a layer from ``first_head`` on, fp32 ``[K, D, columns]``."""
     axes = [torch.arange(n, device=device) for n in (num_kv_heads, dim, columns)]
-    return normal(seed, layer, axes[0][:, None, None], axes[1][:, None], axes[2])
+    return normal(seed, layer, first_head + axes[0][:, None, None], axes[1][:, None], axes[2])
 
 
 def directions(w_KDN: Tensor, bits: int) -> Tensor:

@@ -63,15 +63,17 @@ class Draw(NamedTuple):
     overflow: Tensor
 
 
-def rotation(seed: int, layer: int, num_kv_heads: int, dim: int, device: torch.device | str) -> Tensor:
-    """A random orthonormal matrix of each KV head, bf16 ``[K, D, D]``."""
-    return _rotation(seed, layer, num_kv_heads, dim).to(device)
+def rotation(
+    seed: int, layer: int, num_kv_heads: int, dim: int, device: torch.device | str, first_head: int = 0
+) -> Tensor:
+    """A random orthonormal matrix of each KV head from ``first_head`` on, bf16 ``[K, D, D]``."""
+    return _rotation(seed, layer, num_kv_heads, dim, first_head).to(device)
 
 
 @functools.cache
-def _rotation(seed: int, layer: int, num_kv_heads: int, dim: int) -> Tensor:
+def _rotation(seed: int, layer: int, num_kv_heads: int, dim: int, first_head: int) -> Tensor:
     head, row, column = (torch.arange(n) for n in (num_kv_heads, dim, dim))
-    q, r = torch.linalg.qr(normal(seed, layer, head[:, None, None], row[:, None], column).double())
+    q, r = torch.linalg.qr(normal(seed, layer, first_head + head[:, None, None], row[:, None], column).double())
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # QR leaves the signs open
     return q.bfloat16().contiguous()
 
@@ -255,6 +257,7 @@ def sample(
     most_rows: int,
     per: str = "kv_head",
     independent: bool = False,
+    first_head: int = 0,
     new: Tensor | None = None,
 ) -> Draw:
     """Poisson sampling (each row with a probability of its own) by the weights ``exp(score)``.
@@ -277,13 +280,14 @@ def sample(
         most_rows: room for rows; see ``room``.
         per: ``query_head``: a selection each; ``kv_head``: one for all heads of a group.
         independent: a uniform number of its own for each token.
+        first_head: number of the first KV head, for the draws.
         new: what ``done`` is to ``hash_keys`` with ``most=1``, to do that in the same launch as something else.
 
     Raises:
         ValueError: an unknown ``per``.
     """
     one_of("per", per, PER)
-    where = seed_state(seed, layer), positions_B, most_rows, per, independent
+    where = seed_state(seed, layer), positions_B, most_rows, per, independent, first_head
     if on_gpu(codes):
         from keysift.ops import key_sample_triton
 
@@ -360,6 +364,7 @@ def draw_reference(
     most_rows: int,
     per: str = "kv_head",
     independent: bool = False,
+    first_head: int = 0,
 ) -> Draw:
     """All probabilities at once; rows scattered to their places."""
     kv_heads, tokens = score.shape[1:3]
@@ -371,7 +376,7 @@ def draw_reference(
     blocks = -(-tokens // BLOCK)
     unit = torch.nn.functional.pad(unit, (0, blocks * BLOCK - tokens)).unflatten(2, (blocks, BLOCK))
 
-    of_list = torch.arange(unit.shape[1], device=device)[None]
+    of_list = torch.arange(unit.shape[1], device=device)[None] + first_head * unit.shape[1] // kv_heads
     of_query = _continue(torch.tensor(state), of_list, positions_B[:, None])[..., None]
     of_block = _continue(of_query, torch.arange(blocks, device=device))
     if independent:

@@ -40,6 +40,7 @@ class _Sample(View):
         ("line", PTR),
         ("log_c", PTR),
         ("lists", I64),
+        ("first", I64),
         ("positions", PTR),
         ("rows", PTR),
         ("log_w", PTR),
@@ -118,8 +119,18 @@ class _Step:
         args.stages |= FACTORS
         return log_c
 
-    def draw(self, log_c: Tensor, state: int, positions: Tensor, most_rows: int, lists: int, independent: bool) -> Draw:
+    def draw(
+        self,
+        log_c: Tensor,
+        state: int,
+        positions: Tensor,
+        most_rows: int,
+        lists: int,
+        independent: bool,
+        first_head: int = 0,
+    ) -> Draw:
         args, shape = self.args, (len(log_c), lists)
+        args.first = first_head * lists // args.kv_heads
         positions = positions.contiguous()
         rows = torch.empty(*shape, most_rows, dtype=torch.int32)
         log_w, expected = torch.empty(*shape, most_rows), torch.empty(shape)
@@ -210,6 +221,7 @@ def sample(
     most_rows: int,
     per: str,
     independent: bool,
+    first_head: int,
     new: Tensor | None,
     isa: str = "auto",
 ) -> Draw:
@@ -221,7 +233,7 @@ def sample(
     step = _Step(codes, size, kv, planes, _empty_probe(q, w))
     step.probe(q, w, planes, scale)
     log_c = step.factors(quota, lists)
-    out = step.draw(log_c, state, positions, most_rows, lists, independent)
+    out = step.draw(log_c, state, positions, most_rows, lists, independent, first_head)
     step.run(isa)
     return out
 

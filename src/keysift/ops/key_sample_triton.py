@@ -204,7 +204,7 @@ def _take_from(slots, counts, sums, u, own, inside, to, INDEPENDENT: tl.constexp
 
 @triton.jit(do_not_specialize=["state"])
 def _take(
-    slots, counts, sums, weights, line, log_c, codes, size, positions, state, start, length, origin, table,
+    slots, counts, sums, weights, line, log_c, codes, size, positions, state, numbered, start, length, origin, table,
     table_stride, heads, tokens, blocks, each,
     G: tl.constexpr, G_PAD: tl.constexpr, PER: tl.constexpr, CODE: tl.constexpr, FIELDS: tl.constexpr,
     LISTS: tl.constexpr, INDEPENDENT: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, PAGES: tl.constexpr,
@@ -233,7 +233,7 @@ def _take(
         factor = tl.load(log_c + at * G + g, mask=g < G, other=float("-inf"))
         of_query = ()
         for c in tl.static_range(LISTS):
-            of_query = of_query + (_of_query(state, head * LISTS + c, positions, b),)  # type: ignore[assignment]  # noqa: RUF005
+            of_query = of_query + (_of_query(state, numbered + head * LISTS + c, positions, b),)  # type: ignore[assignment]  # noqa: RUF005
         # sizes, too narrow for the pipeline of copies, are read a turn ahead
         of_code = _sizes(size, low, high, place, begin, end, PAGE, RUN, PAGES, EVEN)
         for tile in tl.range(low, high, num_stages=STAGES):
@@ -271,7 +271,7 @@ def _block_of(ahead, i, HALVINGS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["state"])
 def _close_up(
-    rows, log_w, found, expected, overflow, slots, counts, sums, positions, state, start, length, origin,
+    rows, log_w, found, expected, overflow, slots, counts, sums, positions, state, numbered, start, length, origin,
     lists, blocks, most_rows,
     HALVINGS: tl.constexpr, TILE: tl.constexpr, INDEPENDENT: tl.constexpr, HAS_ORIGIN: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -286,7 +286,7 @@ def _close_up(
     through = tl.cumsum(count, 0)
     taken = tl.sum(count, 0)
     factor, mean = _thinning(units, tl.load(length + b), most_rows, INDEPENDENT)
-    scatter = absorb(_of_query(state, c, positions, b), c * 0 + THINNING).to(tl.int64)
+    scatter = absorb(_of_query(state, numbered + c, positions, b), c * 0 + THINNING).to(tl.int64)
     if tl.program_id(0) == 0:
         total = (taken * factor + scatter) >> 32
         tl.store(found + at, tl.minimum(total, most_rows).to(tl.int32))
@@ -341,6 +341,7 @@ def sample(
     most_rows: int,
     per: str,
     independent: bool,
+    first_head: int,
     new: Tensor | None,
 ) -> Draw:
     """``keysift.ops.key_codes.sample`` in five launches."""
@@ -348,7 +349,7 @@ def sample(
     heads, kv_heads = q.shape[1], w.shape[0]
     lists = kv_heads if per == "kv_head" else heads
     log_c = factors(of_query, codes, size, kv, planes, quota, lists)
-    return draw(of_query, log_c, codes, size, kv, planes, state, positions, most_rows, lists, independent)
+    return draw(of_query, log_c, codes, size, kv, planes, state, positions, most_rows, lists, independent, first_head)
 
 
 def estimate(q: Tensor, codes: Tensor, size: Tensor, kv: KV, w: Tensor, planes: int, scale: float) -> Tensor:
@@ -410,6 +411,7 @@ def draw(
     most_rows: int,
     lists: int,
     independent: bool,
+    first_head: int = 0,
 ) -> Draw:
     """``keysift.ops.key_codes.draw_reference`` of the scores that codes estimate, in two launches."""
     batch, kv_heads, tokens = len(log_c), *codes.shape[1:3]
@@ -422,13 +424,14 @@ def draw(
     expected, overflow = empty(dtype=torch.float32), empty(dtype=torch.bool)
     slots, counts, sums = empty(blocks, BLOCK.value), empty(blocks), empty(blocks)
     state -= (state >> 31) << 32  # as int32
+    numbered = first_head * lists // kv_heads
     positions, place = positions.contiguous(), view(kv)
     page = 0 if kv.table is None else tokens
     run = min(page or BLOCK.value, BLOCK.value)
     each = min(MOST_BLOCKS, max(1, triton.cdiv(blocks * kv_heads * batch, RESIDENT)))
     with torch.cuda.device_of(codes):
         _take[(triton.cdiv(blocks, each), kv_heads, batch)](
-            *(slots, counts, sums, *of_query, log_c, codes, size, positions, state, *place),
+            *(slots, counts, sums, *of_query, log_c, codes, size, positions, state, numbered, *place),
             *(kv_heads, tokens, blocks, each),
             **shapes(log_c.shape[1] // kv_heads, codes, planes),
             LISTS=lists // kv_heads,
@@ -445,7 +448,7 @@ def draw(
             **chained(codes),
         )
         _close_up[(min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE)), lists, batch)](
-            *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums, positions, state),
+            *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums, positions, state, numbered),
             *(*place[:3], lists, blocks, most_rows),
             HALVINGS=(blocks - 1).bit_length(),
             TILE=CLOSED_TILE,

@@ -71,7 +71,7 @@ void close_up(const List& x, int64_t index) {
   }
   const int64_t length = a.length[x.b] > 0 ? a.length[x.b] : 0;
   const int64_t factor = thinning(double(total) / ONE, variance, length, a.most_rows, a.expected + at);
-  const int64_t start = absorb(absorb(absorb(a.state, x.list), a.positions[x.b]), THINNING);
+  const int64_t start = absorb(absorb(absorb(a.state, a.first + x.list), a.positions[x.b]), THINNING);
   const float less = std::log(float(double(factor) * std::ldexp(1.0, -32)));
   const int32_t first = int32_t(span_of(a, x.b).first);
   for (int64_t p = 0; p < x.parts; p++) {

@@ -40,6 +40,7 @@ struct ks_key_sample_args {
   float* line;      // [batch, heads, 2]
   float* log_c;     // [batch, heads]
   int64_t lists;    // kv_heads or heads
+  int64_t first;    // what random numbers call the first of them
   const int64_t* positions;
   int32_t* rows;      // [batch, lists, most_rows]
   float* log_w;       // likewise

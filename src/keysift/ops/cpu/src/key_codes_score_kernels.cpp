@@ -252,7 +252,7 @@ void draw(const KeyDrawTask& t) {
     }
     for (int64_t c = 0; c < lists; c++) {
       units_of(x, lists == 1 ? 0 : c, lists == 1 ? q.group : c + 1, low, high);
-      const uint32_t of_query = absorb(absorb(a.state, t.head * lists + c), a.positions[t.b]);
+      const uint32_t of_query = absorb(absorb(a.state, a.first + t.head * lists + c), a.positions[t.b]);
       const int32_t total = take(
           x.unit, absorb(of_query, block), a.independent != 0, int32_t(first), t.taken.token + c * room,
           t.taken.unit + c * room, t.taken.count + c
