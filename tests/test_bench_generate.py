@@ -158,7 +158,7 @@ def test_without_a_dense_row_there_is_no_speedup(subject, monkeypatch):
     ("tokens", "reason"), [(100, "there is room for"), (300, "1 of 2 sequences of 207 tokens fit")]
 )
 def test_what_has_no_room_is_out_of_memory(subject, monkeypatch, tokens, reason):
-    monkeypatch.setattr("keysift.engine.free_bytes", lambda: 2 * tokens * 2 * 2 * 2 * 32 * 4)
+    monkeypatch.setattr("keysift.capacity.free_bytes", lambda: 2 * tokens * 2 * 2 * 2 * 32 * 4)
     (row,) = measured(subject, [Shape(2, 200, 3)], [])
     assert row.status == "out of memory" and reason in row.reason
 

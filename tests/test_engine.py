@@ -548,8 +548,8 @@ def test_aborted_requests_give_memory_back_and_others_go_on():
         indices = [llm.submit(prompt, new(9)) for prompt in prompts]
         for _ in range(7):
             llm.step()
-        assert llm._reading is not None and len(llm._running) == 3
-        gone = indices[0], llm._running[llm._reading].index, indices[5]  # running, being read, waiting
+        assert llm._work._reading is not None and len(llm._work.running) == 3
+        gone = indices[0], llm._work.running[llm._work._reading].index, indices[5]  # running, being read, waiting
         cut = [llm.abort(i) for i in gone]
         assert [out.finish_reason for out in cut] == ["aborted"] * 3
         assert cut[0].token_ids and cut[0].token_ids == tokens[0][: len(cut[0].token_ids)]

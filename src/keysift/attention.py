@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keysift.cache import Store
-from keysift.meter import Meter
+from keysift.meter import Meter, StepMeter
 from keysift.offload import OffloadedStore, arriving
 from keysift.ops.block_sparse import Backend, block_sparse_attention, block_sparse_attention_varlen
 from keysift.ops.coverage import mass_covered
@@ -186,11 +186,16 @@ def _prefill_ragged(
 
 
 def decode(
-    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | None, with_lse: bool = False
+    q_BHD: Tensor,
+    store: Store,
+    method: Decode,
+    ctx: Ctx,
+    meter: Meter | StepMeter | None,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one new query a sequence: exact over sinks and window, as ``method`` selects from the middle.
 
-    On a GPU nothing here waits for the device, so the step may be captured; a captured step has no ``meter``.
+    On a GPU nothing here waits for the device, so the step may be captured, with a ``StepMeter`` or without.
 
     Returns:
         Output in q's dtype ``[B, H, Dv]``, and the log-sum-exp, fp32 ``[B, H]``, if asked for.
@@ -209,7 +214,7 @@ def decode(
 
 
 def select(
-    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | None, rows: Store | None = None
+    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | StepMeter | None, rows: Store | None = None
 ) -> Selection | None:
     """What a step reads of the middle, counted; None where it reads all of it.
 
@@ -230,7 +235,7 @@ def select(
     scanned = 0 if meter is None else method.scan_bytes(middle, index, q_BHD.shape[1])
     if method.top_p is not None:
         if meter is not None:  # their keys are read to see what can go
-            scanned = scanned + selection.count.sum() * kv.k.shape[-1] * kv.k.element_size()
+            scanned = scanned + selection.count.sum(1) * kv.k.shape[-1] * kv.k.element_size()
         selection = prune(selection, q_BHD, kv, ctx.scale, method.top_p)
     if meter is not None:
         meter.add_step(kv, q_BHD.shape[1], ctx.layer, middle, selection, scanned)

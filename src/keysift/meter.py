@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,37 @@ class ReadBlocks(NamedTuple):
     tokens: range  # query positions that were computed
 
 
+class Totals(NamedTuple):
+    """What ``Stats`` are made of: sums, and how much was added up."""
+
+    pairs: float = 0.0  # of the causal triangle
+    pairs_read: float = 0.0
+    read: float = 0.0  # (query head, key) pairs of decode steps
+    cached: float = 0.0
+    bytes: float = 0.0
+    steps: float = 0.0
+    mass: float = 0.0
+    masses: float = 0.0
+    prefill_error: float = 0.0
+    prefill_errors: float = 0.0
+    decode_error: float = 0.0
+    decode_errors: float = 0.0
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def stats(self) -> Stats:
+        parts = (
+            (self.pairs_read, self.pairs),
+            (self.read, self.cached),
+            (self.mass, self.masses),
+            (self.bytes, self.steps),
+            (self.prefill_error, self.prefill_errors),
+            (self.decode_error, self.decode_errors),
+        )
+        return Stats(*(part / whole if whole else None for part, whole in parts))
+
+
 @dataclass
 class Meter:
     """Counts what was read; see ``Stats``."""
@@ -42,15 +73,15 @@ class Meter:
     errors: dict[str, list[Tensor]] = field(default_factory=lambda: {"prefill": [], "decode": []})
 
     def stats(self) -> Stats:
+        return self.totals().stats()
+
+    def totals(self) -> Totals:
+        """Sums so far; waits for the devices they are on."""
         self._count()
-        read, cached, bytes_read = self.decoded.tolist()
-        density, kept = (
-            part / total if total else None for part, total in ((self.pairs_read, self.pairs), (read, cached))
-        )
         steps = max(self.queries.values(), default=0)
-        per_step = bytes_read / steps if steps else None
-        mass, prefill, decode = (_mean(x) for x in (self.mass, self.errors["prefill"], self.errors["decode"]))
-        return Stats(density, kept, mass, per_step, prefill, decode)
+        sums = (_sum(x) for x in (self.mass, self.errors["prefill"], self.errors["decode"]))
+        decode = *self.decoded.tolist(), steps
+        return Totals(self.pairs, self.pairs_read, *decode, *(number for pair in sums for number in pair))
 
     def add_mask(self, mask: BlockMask, tokens: range, heads: int, batch: int) -> None:
         """Count the pairs that ``mask`` reads for the query positions ``tokens``."""
@@ -87,14 +118,7 @@ class Meter:
     ) -> None:
         """Count a decode step over the cache ``kv``: all of it, or ``selection`` from its ``middle`` and all rows
         outside, after scanning so many bytes."""
-        row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
-        cached = kv.length.double().sum()
-        keys, rows = cached * heads, cached * kv.k.shape[2]
-        if middle is not None and selection is not None:
-            always = cached - middle.length.double().sum()
-            keys = always * heads + per_query_head(selection.count, heads, 1).double().sum()
-            rows = always * kv.k.shape[2] + selection.count.double().sum()
-        self.uncounted_steps.append(torch.stack([keys, cached * heads, rows * row + scanned]))
+        self.uncounted_steps.append(read_of_step(kv, heads, middle, selection, scanned).sum(1))
         self.queries[layer] += kv.length.shape[0]
         if len(self.uncounted_steps) >= UNCOUNTED_STEPS:
             self._count()
@@ -103,45 +127,72 @@ class Meter:
 
     def add_error(self, phase: str, out_BTHD: Tensor, dense_BTHD: Tensor) -> None:
         """Note how far an output is from dense attention's; ``phase`` is "prefill" or "decode"."""
-        out, dense = out_BTHD.float(), dense_BTHD.float()
-        difference, norm = ((x**2).sum((1, 3)).sqrt() for x in (out - dense, dense))
-        self.errors[phase].append((difference / norm.clamp(min=1e-30)).flatten().cpu())
+        self.errors[phase].append(relative_error(out_BTHD, dense_BTHD).flatten().cpu())
 
 
 class StepMeter:
-    """Counts the keys that decode steps read, slot by slot, without waiting for the device.
+    """Counts what decode steps read, slot by slot, without waiting for the device: a step that is counted may be
+    captured.
 
     Attributes:
-        read, cached: (query head, key) pairs so far, fp64 ``[slots]``.
+        sums: of each slot, fp64 ``[6, slots]``: keys read, cached, bytes, steps, relative error, heads compared.
     """
 
-    measure_error = False
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self.read, self.cached = (torch.zeros(slots, dtype=torch.float64, device=device) for _ in range(2))
+    def __init__(self, slots: int, device: torch.device, measure_error: bool = False) -> None:
+        self.sums = torch.zeros(6, slots, dtype=torch.float64, device=device)
+        self.measure_error = measure_error
+        self._first_layer: int | None = None
 
     def begin(self, slot: int) -> None:
         """Count anew for a slot."""
-        self.read[slot], self.cached[slot] = 0, 0
+        self.sums[:, slot] = 0
 
-    def kept(self, slot: int) -> float | None:
-        """Share of the cached keys that the steps of a slot read; None before one that was counted."""
-        read, cached = float(self.read[slot]), float(self.cached[slot])
-        return read / cached if cached else None
+    def totals(self, slot: int) -> Totals:
+        """What the steps of a slot that were counted add up to; waits for the device."""
+        read, cached, size, steps, error, errors = self.sums[:, slot].tolist()
+        return Totals(read=read, cached=cached, bytes=size, steps=steps, decode_error=error, decode_errors=errors)
 
     def add_step(
-        self, kv: KV, heads: int, layer: int, middle: KV | None, selection: Selection | None, scanned: Any
+        self, kv: KV, heads: int, layer: int, middle: KV | None, selection: Selection | None, scanned: Tensor | int
     ) -> None:
         """As ``Meter.add_step``."""
-        read = kv.length * heads
-        if middle is not None and selection is not None:
-            read = (kv.length - middle.length) * heads + per_query_head(selection.count, heads, 1).sum(1)
-        self.read += read
-        self.cached += kv.length * heads
+        if self._first_layer is None:
+            self._first_layer = layer
+        self.sums[:3] += read_of_step(kv, heads, middle, selection, scanned)
+        self.sums[3] += int(layer == self._first_layer)
+        if self.measure_error and selection is None:
+            self.sums[5] += heads
+
+    def add_error(self, phase: str, out_BTHD: Tensor, dense_BTHD: Tensor) -> None:
+        """As ``Meter.add_error``, of decode."""
+        error = relative_error(out_BTHD, dense_BTHD)
+        self.sums[4] += error.sum(1)
+        self.sums[5] += error.shape[1]
 
 
-def _mean(parts: list[Tensor]) -> float | None:
-    return float(torch.cat([x.cpu() for x in parts]).mean()) if parts else None
+def read_of_step(kv: KV, heads: int, middle: KV | None, selection: Selection | None, scanned: Tensor | int) -> Tensor:
+    """What a decode step over a cache reads of each sequence, fp64 ``[3, B]``: (query head, key) pairs, those that are
+    cached, and bytes; see ``Meter.add_step``."""
+    row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
+    cached = kv.length.double()
+    keys, rows = cached * heads, cached * kv.k.shape[2]
+    if middle is not None and selection is not None:
+        always = cached - middle.length
+        keys = always * heads + per_query_head(selection.count, heads, 1).double().sum(1)
+        rows = always * kv.k.shape[2] + selection.count.double().sum(1)
+    return torch.stack([keys, cached * heads, rows * row + scanned])
+
+
+def relative_error(out_BTHD: Tensor, dense_BTHD: Tensor) -> Tensor:
+    """|out - dense| / |dense| of each head, fp32 ``[B, H]``."""
+    out, dense = out_BTHD.float(), dense_BTHD.float()
+    difference, norm = ((x**2).sum((1, 3)).sqrt() for x in (out - dense, dense))
+    return difference / norm.clamp(min=1e-30)
+
+
+def _sum(parts: list[Tensor]) -> tuple[float, float]:
+    """Sum and number of entries."""
+    return sum(float(x.double().sum()) for x in parts), float(sum(x.numel() for x in parts))
 
 
 def _causal_pairs(tokens: range) -> int:

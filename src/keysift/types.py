@@ -381,7 +381,7 @@ class Decode(Method, Protocol):
 
     def scan_bytes(self, kv: KV, index: Index, heads: int) -> Tensor | int:
         """Bytes of side data and keys that one ``select`` over the middle, for so many query heads, reads to
-        choose, all sequences together."""
+        choose; ``[B]``, or 0."""
         ...
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import keysift
-from keysift.eval.generate import QUESTIONS, generate, read_prompt
+from keysift.eval.generate import generate, read_prompt
+from keysift.requests import QUESTIONS
 from tests.tiny_models import prompt, tiny
 
 NARROW = "streaming:sinks=1,window=4,block=16"

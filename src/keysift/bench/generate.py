@@ -279,7 +279,7 @@ def _noise(shape: Shape, llm: LLM, method: Any, setup: Setup) -> Timed:
     for _ in range(WARMUP + shape.generated):
         times.append(timed_ms(lambda: served.step(metered=not on_gpu), on_gpu))
         tokens.append(served.ids[0, 0].clone())
-    kept = [served.meter.kept(slot) for slot in range(shape.batch)]
+    kept = [served.meter.totals(slot).stats().kept_fraction for slot in range(shape.batch)]
     return Timed(times[WARMUP:], torch.stack(tokens[WARMUP:]).tolist(), kept, [])
 
 

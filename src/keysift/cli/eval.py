@@ -19,7 +19,7 @@ from keysift.cli import options
 from keysift.cli.generate import INTERRUPTED
 from keysift.eval import data as files
 from keysift.eval import plots, report, results, ruler, runner, runs
-from keysift.eval.generate import QUESTIONS
+from keysift.requests import QUESTIONS
 from keysift.types import check_seed, one_of
 
 DEFAULT_LENGTHS, DEFAULT_SAMPLES = (4096,), 20

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from keysift.hf import Attachment, KVCache
 from keysift.methods import parse
-from keysift.types import one_of
-
-QUESTIONS = ("sparse", "dense", "decode")
+from keysift.requests import check_question
 
 
 class Batch(NamedTuple):
@@ -36,15 +34,6 @@ class Batch(NamedTuple):
     def then(self, ids: Tensor) -> Batch:
         """With further tokens ``[B, N]``, none of them padding."""
         return Batch(torch.cat([self.ids, ids], 1), torch.cat([self.mask, torch.ones_like(ids)], 1))
-
-
-def check_question(question: str, question_tokens: int | None) -> None:
-    """Raise ValueError for an unknown way of reading the question, or one without its length."""
-    one_of("question", question, QUESTIONS)
-    if question_tokens is not None and (not isinstance(question_tokens, int) or question_tokens < 1):
-        raise ValueError(f"question_tokens={question_tokens}: choose 1 or more")
-    if question != "sparse" and question_tokens is None:
-        raise ValueError(f"question={question} needs question_tokens=N: the last N tokens of a prompt are its question")
 
 
 def generate(

@@ -107,11 +107,14 @@ class StepGraph:
             self.ids.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
 
 
-def captured(step: Callable[[], None], slots: Slots) -> torch.cuda.CUDAGraph:
+def captured(
+    step: Callable[[], None], slots: Slots, beside: torch.cuda.CUDAGraph | None = None
+) -> torch.cuda.CUDAGraph:
     """A step of all slots as a graph; the slots are left as they were.
 
     Args:
         step: appends to the slots what the host is not told of.
+        beside: another graph, of which the memory can be used too: the two never run at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -121,7 +124,7 @@ def captured(step: Callable[[], None], slots: Slots) -> torch.cuda.CUDAGraph:
             slots.take_back()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=None if beside is None else beside.pool()):
         step()
     slots.take_back()
     return graph

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -118,6 +119,15 @@ def ranks_here() -> int:
 def least(number: int) -> int:
     """The least of the processes' numbers."""
     return number if _group is None else _group.least(number)
+
+
+def total(numbers: Sequence[float]) -> list[float]:
+    """Sums over the processes, of each number; the numbers themselves where there is one process."""
+    if _group is None:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_group.device)
+    dist.all_reduce(sums)
+    return [float(x) for x in sums.tolist()]
 
 
 def leave(politely: bool = True) -> None:

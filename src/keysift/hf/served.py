@@ -100,12 +100,14 @@ class Reading(NamedTuple):
         first: whether nothing was read before it.
         last: whether nothing will be read after it.
         meter: counts what is read.
+        dense: whether it is read by dense attention, and not by the prefill method.
     """
 
     slot: int
     first: bool
     last: bool
     meter: Meter
+    dense: bool
 
 
 class ServedModel:
@@ -113,6 +115,7 @@ class ServedModel:
 
     Attributes:
         shapes: of the layers' keys and values, as the model makes them.
+        chooses: whether any layer is left to the methods, none having a window of its own.
         ids: newest token of each slot, which the next step reads, int64 ``[slots, 1]``.
         logits: of the token after it, as the last step found them, fp32 ``[slots, vocabulary]``.
         meter: counts what metered steps read.
@@ -128,6 +131,7 @@ class ServedModel:
         seed: int = 0,
         compile_layers: bool = True,
         shared: int | None = None,
+        measure_error: bool = False,
     ) -> None:
         """Take over a model's attention, until ``close``; ``open`` comes before anything is read.
 
@@ -137,6 +141,7 @@ class ServedModel:
             compile_layers: on a GPU, have decode steps compiled; without, they are slower and round as the model's
                 own code does.
             shared: rows with which prompts that share pages begin alike; None if they share none.
+            measure_error: also compute dense attention, in steps that are metered.
 
         Raises:
             ValueError: a model that cannot be served correctly; says why.
@@ -147,7 +152,7 @@ class ServedModel:
             raise ValueError(f"this {type(model).__name__} is served already: close that LLM first")
         if "_keysift" in model.__dict__:
             raise ValueError(f"this {type(model).__name__} is attached: call keysift.detach(model) first")
-        self.model, self.seed, self.shared = model, seed, shared
+        self.model, self.seed, self.shared, self.measure_error = model, seed, shared, measure_error
         self.prefill_method, self.decode_method = prefill, decode
         self.cache = SlotsCache(model.config.get_text_config(decoder=True).num_hidden_layers)
         self._layers = decoder_layers(model) if compile_layers and model.device.type == "cuda" else []
@@ -159,6 +164,7 @@ class ServedModel:
         self._give_back = weakref.finalize(self, _restore, model, modules, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
         self._probed: dict[int, Shape] | None = {}
+        self.chooses = False
         try:
             self._probe()
         except BaseException:
@@ -188,31 +194,35 @@ class ServedModel:
                 " batch: choose max_batch=1"
             )
         device, self.slots = slots.device, slots
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of steps that are metered and of those that are not
         self.stores = [Store.in_pages(slots, *shape) for shape in self.shapes]
         self.ids = torch.zeros(len(slots), 1, dtype=torch.int64, device=device)
         self.logits = torch.zeros(len(slots), self.vocabulary, device=device)
-        self.meter = StepMeter(len(slots), device)
+        self.meter = StepMeter(len(slots), device, self.measure_error)
         self.graphed: bool | None = None
         self.compiled: bool | None = None
         self._one = torch.ones(len(slots), dtype=torch.int64, device=device)
         self._idle = torch.ones_like(self._one)  # 1 where a slot takes no part in steps
         self._active = [False] * len(slots)
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._reading: Reading | None = None
-        self._metering = False
+        self._metering = self._metered_tried = False
         self._tails: dict[int, Tensor] = {}  # last queries of the prompt that is being read, by layer
+
+    def let_go(self) -> None:
+        """Give back the memory of keys and values; ``open`` makes anew."""
+        if hasattr(self, "slots"):
+            self._graphs.clear()
+            self.stores.clear()
+            self.slots.stores.clear()
 
     def close(self) -> None:
         """Give the model its own attention back, and the memory of keys and values."""
-        self._graph = None
-        if hasattr(self, "slots"):
-            self.stores.clear()
-            self.slots.stores.clear()
+        self.let_go()
         self._give_back()
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def read(self, slot: int, token_ids: Sequence[int], meter: Meter, last: bool = True) -> Tensor:
+    def read(self, slot: int, token_ids: Sequence[int], meter: Meter, last: bool = True, dense: bool = False) -> Tensor:
         """Read a part of a prompt into a slot, whose rows are reserved.
 
         Args:
@@ -220,6 +230,7 @@ class ServedModel:
             token_ids: the part.
             meter: counts what is read of its keys.
             last: whether the prompt ends with it.
+            dense: by dense attention, whatever the prefill method is.
 
         Returns:
             Logits after its last token, fp32 ``[vocabulary]``.
@@ -232,7 +243,7 @@ class ServedModel:
         slots.append(counts)
         if last:
             slots.end_prompt(slot)
-        self._reading = Reading(slot, start == 0, last, meter)
+        self._reading = Reading(slot, start == 0, last, meter, dense)
         device = slots.device
         try:
             with torch.no_grad():
@@ -252,12 +263,12 @@ class ServedModel:
 
     def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of a part of a prompt, and what the decode method keeps of it."""
-        slot, first, last, meter = self._now_reading()
+        slot, first, last, meter, dense = self._now_reading()
         store, which = self.stores[layer], slice(slot, slot + 1)
         store.write(k, v, which)
         kv = KV.of(k, v) if first else store.view(which)
         ctx = self._ctx[layer]._replace(scale=scale, positions=kv.length - 1)
-        method = self.prefill_method if window is None else DENSE
+        method = DENSE if dense or window is not None else self.prefill_method
         out = path.prefill(q, kv, method, ctx, meter if window is None else Meter(), window=window)[0]
         if window is None and self.decode_method != DENSE and layer not in self.decode_method.dense_layers:
             tail = self.decode_method.tail
@@ -296,18 +307,18 @@ class ServedModel:
         not depend on others, and cannot in a graph.
 
         Each active slot must have a row reserved. With ``metered`` what is read is counted, which on a GPU takes a
-        step of ordinary launches.
+        graph of its own and a little longer.
         """
         reading, self._reading = self._reading, None
         try:
             with on_device(self.slots.device):
                 if self.graphed is None and self.slots.device.type == "cuda":
                     self._prepare()
-                if self._graph is None or metered:
-                    self._metering = metered
-                    self._step()
-                else:
-                    self._graph.replay()
+                self._metering = metered
+                if self.graphed and metered and not self._metered_tried:
+                    self._prepare_metered()
+                graph = self._graphs.get(metered)
+                graph.replay() if graph is not None else self._step()
             self.slots.note([int(x) for x in self._active])
         except BaseException:
             self.slots.take_back()  # of idle slots too
@@ -342,6 +353,7 @@ class ServedModel:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of what the model computes now, ``[B, T, H, D]``; k and v are the new rows."""
         if self._probed is not None:
+            self.chooses = self.chooses or window is None
             self._probed[layer] = Shape(k.shape[2], k.shape[3], v.shape[3], k.dtype)
             return v.new_zeros(*q.shape[:3], v.shape[3])
         reads = self._read if self._reading is not None else self._decode
@@ -351,13 +363,27 @@ class ServedModel:
 
     def _prepare(self) -> None:
         """Compile and capture a step; what cannot be is left as it is, with a line in the log."""
-        ids, logits = self.ids.clone(), self.logits.clone()
-        self.compiled = bool(self._layers) and self._try("compile", self._compile)
-        if not self.compiled:
-            self._layers = []
-        self.graphed = self._try("capture", self._capture)
-        self.ids.copy_(ids)
-        self.logits.copy_(logits)
+        with self._nothing_said():
+            self.compiled = bool(self._layers) and self._try("compile", self._compile)
+            if not self.compiled:
+                self._layers = []
+            self.graphed = self._try("capture", self._capture)
+
+    def _prepare_metered(self) -> None:
+        """Capture a step that is counted."""
+        self._metered_tried = True
+        with self._nothing_said():
+            self._try("capture", self._capture)
+
+    @contextmanager
+    def _nothing_said(self) -> Iterator[None]:
+        """Steps within, which prepare others, leave what steps say as it was."""
+        kept = [(x, x.clone()) for x in (self.ids, self.logits, self.meter.sums)]
+        try:
+            yield
+        finally:
+            for x, before in kept:
+                x.copy_(before)
 
     def _try(self, what: str, do: Callable[[], None]) -> bool:
         try:
@@ -372,7 +398,7 @@ class ServedModel:
         if is_dealt_out(self.model):  # all processes have to do the same
             worked = least(int(worked)) == 1
         if not worked:
-            self._graph = None
+            self._graphs.pop(self._metering, None)
             self.slots.take_back()
         return worked
 
@@ -384,6 +410,8 @@ class ServedModel:
         # with rounding where the model's own code rounds, fused or not
         options = {**tuning, "triton.cudagraphs": False, "emulate_precision_casts": True}
         for layer in self._layers:
+            if "_keysift_compiled" in layer.__dict__:
+                continue
             layer.compile(fullgraph=True, dynamic=False, options=options)
             layer.__dict__["_keysift_compiled"] = layer._compiled_call_impl
             layer._compiled_call_impl = None
@@ -404,7 +432,7 @@ class ServedModel:
                     layer._compiled_call_impl = None
 
     def _capture(self) -> None:
-        self._graph = captured(self._step, self.slots)
+        self._graphs[self._metering] = captured(self._step, self.slots, beside=self._graphs.get(not self._metering))
 
 
 def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: str) -> None:

@@ -173,7 +173,7 @@ class Method(DecodeMethod):
         _, kv_heads, _, columns, _ = index["planes"].shape
         bits = kv_heads * columns
         if self.match == "bits":
-            return kv.length.sum() * bits // 8
+            return kv.length * bits // 8
         later = (kv.end - torch.maximum(kv.start, index["built"])).clamp(min=0)
         width, tables = self.hashes
-        return (later.sum() * bits // 8) + ((kv.length - later).sum() * (heads * tables * 2) >> width)
+        return (later * bits // 8) + ((kv.length - later) * (heads * tables * 2) >> width)

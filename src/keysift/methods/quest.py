@@ -47,5 +47,5 @@ class Method(BudgetedDecode):
         """Both bounds of every page that holds a key of the middle."""
         first = (kv.start - kv.first) // self.page
         last = (kv.end - kv.first - 1) // self.page
-        pages = (last - first + 1).where(kv.length > 0, 0).sum()
+        pages = (last - first + 1).where(kv.length > 0, 0)
         return pages * (2 * kv.k.shape[2] * kv.k.shape[3] * index["bounds"].element_size())

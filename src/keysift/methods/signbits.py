@@ -61,9 +61,9 @@ def extend(index: Index, kv: KV, bits: int | None, done: Tensor, most: int) -> N
 
 
 def scanned(kv: KV, index: Index) -> Tensor:
-    """Bytes of the codes and sizes of a middle."""
+    """Bytes of the codes and sizes of a middle, ``[B]``."""
     kept = (index[name] for name in ("codes", "size"))
-    return kv.length.sum() * sum(x[0, :, 0].numel() * x.element_size() for x in kept)
+    return kv.length * sum(x[0, :, 0].numel() * x.element_size() for x in kept)
 
 
 @dataclass(frozen=True, slots=True)

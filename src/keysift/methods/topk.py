@@ -22,8 +22,8 @@ def exact_scores(q_BHD: Tensor, kv: KV, scale: float) -> Tensor:
 
 
 def all_keys_bytes(kv: KV) -> Tensor:
-    """Bytes that the exact scores read."""
-    return kv.length.sum() * (kv.k.shape[2] * kv.k.shape[3] * kv.k.element_size())
+    """Bytes that the exact scores read, ``[B]``."""
+    return kv.length * (kv.k.shape[2] * kv.k.shape[3] * kv.k.element_size())
 
 
 @dataclass(frozen=True, slots=True)

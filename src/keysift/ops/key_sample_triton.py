@@ -448,8 +448,8 @@ def draw(
             **chained(codes),
         )
         _close_up[(min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE)), lists, batch)](
-            *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums, positions, state, numbered),
-            *(*place[:3], lists, blocks, most_rows),
+            *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums),
+            *(positions, state, numbered, *place[:3], lists, blocks, most_rows),
             HALVINGS=(blocks - 1).bit_length(),
             TILE=CLOSED_TILE,
             INDEPENDENT=independent,

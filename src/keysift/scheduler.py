@@ -1,0 +1,234 @@
+"""Which prompt is read when, and which answers get a token: continuous batching over a served model's slots."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from keysift.capacity import slots_for
+from keysift.hf.parallel import is_dealt_out, total
+from keysift.hf.served import ServedModel
+from keysift.meter import Totals
+from keysift.prefixes import Prefixes
+from keysift.requests import Delta, Request, RequestOutput
+from keysift.sampling import Sampler, logprobs_of
+
+
+class Room(NamedTuple):
+    """What is given to sequences: rows a page, tokens of a sequence, bytes in all; None for what there is."""
+
+    page: int
+    max_length: int | None
+    kv_memory: int | None
+
+
+class Scheduler:
+    """Requests at work.
+
+    Attributes:
+        slots: of the sequences.
+        max_length: tokens that a sequence may have.
+        prefixes: what prompts may share; None if nothing.
+        waiting: requests that have no slot yet.
+        running: those that have one, by slot; the one that is being read included.
+        done: answers that nobody was told of yet.
+        news: what answers grew by, likewise.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        room: Room,
+        max_batch: int,
+        eos: Iterable[int],
+        prefill_chunk: int | None,
+        reuse_prefixes: bool,
+        count_every: int,
+    ) -> None:
+        """Make room; raises ValueError where not even one sequence fits."""
+        self.served, self.max_batch, self.prefill_chunk = served, max_batch, prefill_chunk
+        self._eos, self._reuses, self._count_every = frozenset(eos), reuse_prefixes, count_every
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}
+        self.done: list[RequestOutput] = []
+        self.news: list[tuple[Request, Delta]] = []
+        self._reading: int | None = None
+        self._steps = 0
+        self.open(room)
+        self.sampler = Sampler(max_batch, served.vocabulary, served.model.device)
+
+    def open(self, room: Room) -> None:
+        """Make room for sequences; nothing may be at work."""
+        self.room = room
+        self.slots, self.max_length = slots_for(self.served, self.max_batch, *room)
+        self.served.open(self.slots)
+        chunk = self.prefill_chunk if self._reuses else None
+        self.prefixes = None if chunk is None else Prefixes(self.slots, chunk)
+
+    def switch(self, prefill: Any, decode: Any, room: Room) -> None:
+        """Other methods and other room; raises as ``open``, and all is as it was then."""
+        served = self.served
+        before = served.prefill_method, served.decode_method, self.room
+        if (prefill, decode, room) == before:
+            return
+        served.let_go()
+        try:
+            served.prefill_method, served.decode_method = prefill, decode
+            self.open(room)
+        except ValueError:
+            served.prefill_method, served.decode_method = before[:2]
+            self.open(before[2])
+            raise
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are waiting or running, and answers that nobody was told of yet."""
+        return len(self.waiting) + len(self.running) + len(self.done)
+
+    def step(self) -> None:
+        """Read a part of a prompt if one waits and a slot is free, and have one more token of every answer."""
+        if self._reading is not None or self._admit():
+            self._read()
+        answering = [slot for slot in self.running if slot != self._reading]
+        if answering:
+            self._answer(sorted(answering))
+
+    def abort(self, index: int) -> tuple[Request, RequestOutput, Delta] | None:
+        """End a request now; None if it is not at work."""
+        for request in list(self.waiting):
+            if request.index == index:
+                self.waiting.remove(request)
+                return request, *self._finish(request, "aborted", None)
+        for slot, request in list(self.running.items()):
+            if request.index == index:
+                return request, *self._finish(request, "aborted", slot)
+        return None
+
+    def _admit(self) -> bool:
+        """Give the first request that waits a slot, if it fits now."""
+        slot = next((s for s in range(self.max_batch) if s not in self.running), None)
+        if not self.waiting or slot is None:
+            return False
+        request, slots = self.waiting[0], self.slots
+        pages = -(-request.rows // slots.page)
+        if self.prefixes is not None:
+            tail = max(1, self.served.decode_method.tail)  # of which the decode method wants to see the queries
+            found = self.prefixes.find(request.prompt, request.context - tail)
+            slots.begin_with(slot, found)  # theirs now, whatever has to make room
+            pages -= len(found)
+            fits = self.prefixes.make_room(pages)
+        else:
+            fits = pages <= slots.free_pages
+        if not fits:
+            slots.free(slot)
+            return False
+        slots.reserve(slot, request.rows)
+        request.reused = slots.lengths[slot]
+        self.waiting.popleft()
+        self.running[slot], self._reading = request, slot
+        self.served.meter.begin(slot)
+        self.sampler.begin(slot, request.params, request.prompt)
+        return True
+
+    def _read(self) -> None:
+        """Read the next part of a prompt; the last gives the first token."""
+        slot = self._reading
+        assert slot is not None
+        request = self.running[slot]
+        done = self.slots.lengths[slot]
+        dense = done >= request.context
+        parts = request.read_as_prompt if dense else request.context
+        end = min(parts, done + (self.prefill_chunk or parts))
+        last = end == request.read_as_prompt
+        logits = self.served.read(slot, request.prompt[done:end], request.meter, last, dense)
+        if not last:
+            return
+        self._reading = None
+        if self.prefixes is not None:
+            self.prefixes.keep(slot, request.prompt[: request.context])
+        if end < len(request.prompt):
+            self.served.activate(slot, request.prompt[end])
+            return
+        token = self.sampler.tokens(logits[None], [slot], [0])
+        self.served.activate(slot, token[0])
+        self._take([slot], token.tolist(), logits[None])
+
+    def _answer(self, slots: list[int]) -> None:
+        """A decode step."""
+        requests = [self.running[slot] for slot in slots]
+        counted = self._steps % self._count_every == 0 or not all(r.counted for r in requests)
+        self.served.step(metered=counted)
+        self._steps += 1
+        for request in requests:
+            request.counted |= counted
+        slots = self._feed(slots)
+        requests = [self.running[slot] for slot in slots]
+        asked = any(not r.params.greedy or r.params.logprobs is not None for r in requests)
+        logits = self.served.logits[slots] if asked else None
+        if logits is not None and any(not r.params.greedy for r in requests):
+            tokens = self.sampler.tokens(logits, slots, [len(r.text.token_ids) for r in requests])
+            self.served.ids[slots, 0] = tokens
+            known = tokens.tolist()
+        else:
+            all_known = self.served.ids[:, 0].tolist()
+            known = [all_known[slot] for slot in slots]
+        self._take(slots, known, logits)
+
+    def _feed(self, slots: list[int]) -> list[int]:
+        """Give slots that are still at their questions the next token of those; returns the others."""
+        answering = []
+        for slot in slots:
+            request, rows = self.running[slot], self.slots.lengths[slot]
+            if rows < len(request.prompt):
+                self.served.activate(slot, request.prompt[rows])
+            else:
+                answering.append(slot)
+        return answering
+
+    def _take(self, slots: list[int], tokens: list[int], logits: Tensor | None) -> None:
+        """Give requests their new tokens, and end those whose last ones these are."""
+        now = time.perf_counter()
+        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+            request = self.running[slot]
+            request.first_token = request.first_token or now
+            request.last_token = now
+            if request.params.logprobs is not None and logits is not None:
+                request.logprobs.append(logprobs_of(logits[i], token, request.params.logprobs))
+            new = request.text.add(token)
+            reason = self._reason(request, token)
+            if reason is None:
+                self.news.append((request, Delta(request.index, new, [token], False)))
+            else:
+                out, delta = self._finish(request, reason, slot, new)
+                self.done.append(out)
+                self.news.append((request, delta))
+
+    def _reason(self, request: Request, token: int) -> str | None:
+        """Why an answer ends with a token, if it does."""
+        params = request.params
+        if request.text.stopped or token in params.stop_token_ids:
+            return "stop"
+        if token in self._eos and not params.ignore_eos:
+            return "eos"
+        return "length" if len(request.text.token_ids) >= params.max_new_tokens else None
+
+    def _finish(self, request: Request, reason: str, slot: int | None, new: str = "") -> tuple[RequestOutput, Delta]:
+        """Let go of a request's slot; what came of it, and the last of its text."""
+        new += request.text.end()
+        read = request.meter.totals()
+        if slot is not None:
+            read = read.plus(self.served.meter.totals(slot))
+            self.served.deactivate(slot)
+            self.sampler.end(slot)
+            self.slots.free(slot)
+            del self.running[slot]
+            if self._reading == slot:
+                self._reading = None
+        came = request.text.token_ids[-1:] if reason != "aborted" else []
+        if reason != "aborted" and is_dealt_out(self.served.model):  # every process counts what its heads read
+            read = Totals(*total(read))._replace(steps=read.steps)
+        return request.output(reason, read.stats()), Delta(request.index, new, came, True)
