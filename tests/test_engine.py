@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 
 import keysift
 from keysift import LLM, SamplingParams, pocket
+from keysift.eval.questions import read_prompt
+from keysift.requests import QUESTIONS
 from keysift.sampling import Sampler
 from tests.tiny_models import MODELS, SIZES, build, tiny
 
@@ -797,3 +799,118 @@ def test_rotary_embeddings_that_depend_on_the_batch_take_one_sequence_at_a_time(
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, 90:].tolist()
     with LLM(model, max_batch=1, max_length=128, page=16) as llm:
         assert llm.generate(ids, SamplingParams(max_new_tokens=8))[0].token_ids == expected
+
+
+# ---- questions, and other methods -----------------------------------------------------------------------------------
+
+NARROW = {"prefill": "streaming:sinks=1,window=4,block=16", "decode": "streaming:sinks=1,window=4"}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("tokens", [1, 28, 100])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_dense_methods_give_the_same_tokens_however_the_question_is_read(question, tokens, chunk):
+    model, prompts = tiny("gemma3"), [ids(n, n) for n in (70, 57, 29)]
+    expected = [hf_greedy(model, prompt, 8) for prompt in prompts]
+    with engine(model, prefill_chunk=chunk) as llm:
+        out = llm.generate(prompts, new(8, ignore_eos=True), question=question, question_tokens=tokens)
+    assert [x.token_ids for x in out] == expected
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_the_question_is_read_as_asked_for(question, tokens):
+    model, prompt = tiny("qwen3"), ids(70)
+    inputs = torch.tensor([prompt])
+    with keysift.attach(model, **NARROW) as link:
+        logits = read_prompt(model, link, inputs, torch.ones_like(inputs), question, tokens)[0]
+    with engine(model, **NARROW) as llm:
+        alone = llm.generate(prompt, new(6, logprobs=97), question=question, question_tokens=tokens)[0]
+        others = [llm.submit(ids(n, n), new(20)) for n in (40, 90)]
+        among = llm.generate(prompt, new(6, logprobs=97), question=question, question_tokens=tokens)[0]
+        assert [llm.abort(i) for i in others]
+    top = alone.logprobs[0].top
+    found = torch.tensor([top[i] for i in range(97)])
+    assert torch.allclose(found, logits[0].log_softmax(-1), atol=1e-4)
+    assert among.token_ids == alone.token_ids
+    assert (alone.stats.kept_fraction < 0.2) and alone.stats.bytes_per_step > 0
+
+
+def test_shared_prefixes_end_where_the_question_begins():
+    document = ids(64)
+    prompts = [document + ids(n, n) for n in (20, 31, 24)]
+    asked = {"question": "dense", "question_tokens": 30}
+    with engine(**NARROW) as llm:
+        cold = [llm.generate(p, new(6), **asked)[0].token_ids for p in prompts]
+        sparse = [llm.generate(p, new(6))[0].token_ids for p in prompts]
+    with engine(**NARROW, reuse_prefixes=True, prefill_chunk=PAGE) as llm:
+        asked_first = [llm.generate(p, new(6), **asked)[0] for p in prompts]
+        assert [x.stats.reused_tokens for x in asked_first] == [0, 48, 48]
+        llm.prefixes.clear()
+        assert [llm.generate(p, new(6))[0].stats.reused_tokens for p in prompts] == [0, 64, 64]
+        again = [llm.generate(p, new(6), **asked)[0].token_ids for p in prompts]
+    assert cold != sparse and again == [x.token_ids for x in asked_first]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("loud", 3), "question=loud: choose sparse, dense or decode"),
+        (("dense", None), "question=dense needs question_tokens=N"),
+        (("dense", 0), "question_tokens=0: choose 1 or more"),
+    ],
+)
+def test_bad_questions_are_refused(arguments, message):
+    with engine() as llm, pytest.raises(ValueError, match=message):
+        llm.submit(ids(20), new(3), None, *arguments)
+
+
+def test_errors_of_attention_are_measured_where_asked_for():
+    with engine(**NARROW, measure_error=True) as llm:
+        sparse = [x.stats for x in llm.generate([ids(70), ids(90, 1)], new(9))]
+        llm.switch(prefill="dense", decode="dense")
+        dense = llm.generate(ids(70), new(9))[0].stats
+    with engine(**NARROW) as llm:
+        unmeasured = llm.generate(ids(70), new(9))[0].stats
+    model, inputs = tiny(NAME), torch.tensor([ids(70)])
+    with keysift.attach(model, **NARROW) as link:
+        link.reset_stats(measure_error=True)
+        model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=9, do_sample=False)
+        theirs = link.stats
+    for field in ("prefill_density", "kept_fraction", "bytes_per_step", "prefill_error", "decode_error"):
+        assert getattr(sparse[0], field) == pytest.approx(getattr(theirs, field), rel=1e-4), field
+    assert dense.prefill_error == dense.decode_error == 0
+    assert unmeasured.prefill_error is unmeasured.decode_error is None
+
+
+def test_an_engine_switches_to_other_methods_and_lengths():
+    prompts = [ids(n, n) for n in (40, 90)]
+
+    def fresh(**options):
+        with engine(**options) as llm:
+            return [x.token_ids for x in llm.generate(prompts, new(9))]
+
+    each = {"decode": DECODE["quest"]}, {"decode": DECODE["signbits"], "max_length": 120}, {}, NARROW
+    expected = [fresh(**options) for options in each]
+    with engine() as llm:
+        for options, tokens in zip(each, expected, strict=True):
+            llm.switch(**{"prefill": "dense", "decode": "dense", "max_length": 160, **options})
+            assert [x.token_ids for x in llm.generate(prompts, new(9))] == tokens
+        assert llm.max_length == 160
+        llm.switch(max_length=200)
+        assert llm.max_length == 200 and llm.served.decode_method == keysift.methods.parse(NARROW["decode"], "decode")
+        index = llm.submit(prompts[0], new(9))
+        with pytest.raises(ValueError, match="switch: 1 requests are at work; end them first"):
+            llm.switch(decode="dense")
+        llm.abort(index)
+        with pytest.raises(ValueError, match="max_length=0: choose 1 or more"):
+            llm.switch(max_length=0)
+
+
+def test_a_switch_to_what_does_not_fit_leaves_all_as_it_was():
+    with engine(kv_memory=20 * PAGE * ROW_BYTES, max_length=100) as llm:
+        before = llm.generate(ids(80), new(9))[0].token_ids
+        with pytest.raises(ValueError, match="max_length=400: one sequence needs"):
+            llm.switch(decode=DECODE["signbits"], max_length=400)
+        assert llm.max_length == 100
+        assert llm.generate(ids(80), new(9))[0].token_ids == before

@@ -327,6 +327,11 @@ class LLM:
         return out
 
     @property
+    def broken(self) -> str | None:
+        """Why nothing can be generated any more, if a process that shared the model is gone."""
+        return None if self._ranks is None else self._ranks.broken
+
+    @property
     def unfinished(self) -> int:
         """Requests that are waiting or running, or whose answers ``step`` has not returned yet."""
         return self._work.unfinished

@@ -16,8 +16,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from keysift import pocket
-from keysift.cli import eval as evaluation
+from keysift import pocket, ranks
 from keysift.cli import main
 from keysift.eval import ruler, runner
 from keysift.eval.data import Data
@@ -154,14 +153,14 @@ def test_extending_starts_from_what_the_folder_has(tmp_path, capsys):
 
 
 def test_a_checkpoints_generation_config_changes_no_answer(tmp_path, finished, capsys, monkeypatch):
-    loaded = evaluation.load
+    loaded = ranks.load
 
     def peculiar(*args):
         model, tokenizer = loaded(*args)
         model.generation_config.update(use_cache=False, no_repeat_ngram_size=3, do_sample=True, temperature=9.0)
         return model, tokenizer
 
-    monkeypatch.setattr(evaluation, "load", peculiar)
+    monkeypatch.setattr(ranks, "load", peculiar)
     assert run([*QUICK, "--run", "dense", "--run", SPARSE, "--out", tmp_path], capsys)[0] == 0
     assert scores(tmp_path) == scores(finished[0])
 
@@ -175,7 +174,7 @@ def test_samples_that_do_not_fit_are_marked_and_the_rest_goes_on(tmp_path, capsy
 
 def test_methods_on_a_model_that_they_cannot_serve_are_refused(tmp_path, capsys, monkeypatch):
     model, tokenizer = tiny("mistral-sliding-window"), transformers.AutoTokenizer.from_pretrained(pocket.path())
-    monkeypatch.setattr(evaluation, "load", lambda *args: (model, tokenizer))
+    monkeypatch.setattr(ranks, "load", lambda *args: (model, tokenizer))
     code, _, err = run([*QUICK, "--run", "decode=topk", "--out", tmp_path / "out"], capsys)
     assert code == 2 and "every layer of this model has a sliding window" in err and not (tmp_path / "out").exists()
 
@@ -225,10 +224,10 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path, monkeypatch, 
 def test_a_sample_that_fails_is_marked_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     answered = runner._answer
 
-    def short_of_memory(plan, chosen, model, tokenizer, samples):
+    def short_of_memory(plan, chosen, llm, samples):
         if any(s.task == "vt" and s.index == 1 for s in samples):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return answered(plan, chosen, model, tokenizer, samples)
+        return answered(plan, chosen, llm, samples)
 
     command = [*QUICK, "--batch", "3", "--out", tmp_path]
     with monkeypatch.context() as patch:
@@ -243,6 +242,18 @@ def test_a_sample_that_fails_is_marked_and_the_rest_goes_on(tmp_path, monkeypatc
     code, out, err = run([*command, "--retry-failed"], capsys)
     assert code == 0 and "failed" not in out
     assert len(read_records(tmp_path)) == 6
+
+
+def test_two_processes_that_share_the_model_give_the_results_of_one(tmp_path, finished, capsys):
+    both = [*QUICK, "--run", "dense", "--run", SPARSE, "--tensor-parallel", "2", "--device", "cpu", "--out", tmp_path]
+    assert run(both, capsys)[0] == 0
+    assert scores(tmp_path) == scores(finished[0])
+    one, two = ({(r["run"], r["task"], r["index"]): r for r in read_records(x)} for x in (finished[0], tmp_path))
+    for key, record in one.items():
+        for field in ("prefill_density", "kept_fraction", "bytes_per_step"):
+            assert two[key][field] == pytest.approx(record[field], rel=1e-3), (key, field)
+    code, _, err = run([*QUICK, "--run", "dense", "--run", SPARSE, "--out", tmp_path], capsys)
+    assert code == 2 and "tensor_parallel: 2 there, None here" in err
 
 
 def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys):

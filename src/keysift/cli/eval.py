@@ -13,10 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from typer import Exit
 from typer import Option as option
 
-from keysift import pocket
-from keysift.checkpoint import context_tokens, load, pick_device, pick_dtype
+from keysift import LLM
+from keysift.checkpoint import context_tokens
 from keysift.cli import options
 from keysift.cli.generate import INTERRUPTED
+from keysift.cli.models import open_llm
 from keysift.eval import data as files
 from keysift.eval import plots, report, results, ruler, runner, runs
 from keysift.requests import QUESTIONS
@@ -50,7 +51,8 @@ def command(
     ] = "sparse",
     chat: options.Chat = False,
     seed: Annotated[int, option(metavar="N", help="Of the samples, and of methods that draw.")] = 0,
-    batch: Annotated[int, option(metavar="N", help="Samples generated together.")] = 1,
+    batch: Annotated[int, option(metavar="N", help="Samples answered together.")] = 1,
+    tensor_parallel: options.TensorParallel = None,
     measure_error: Annotated[
         bool, option("--measure-error", help="Also compare attention outputs with dense ones (slow).")
     ] = False,
@@ -87,42 +89,46 @@ def command(
     if preset is not None:
         one_of("preset", preset, runs.PRESETS)
     console = Console(stderr=True)
-    where = pick_device(device)
-    with console.status("Loading the model"):
-        lm, tokenizer = load(str(pocket.path()) if model is None else model, where, pick_dtype(dtype, where))
-    limit = context_tokens(lm.config)
-    if preset is not None:
-        config = lm.config.get_text_config()
-        chosen = runs.preset(preset, names, config.model_type, model or "pocket", config.num_hidden_layers)
-        console.print(f"preset {preset}: {chosen.note}", highlight=False)
-        asked = list({r.name: r for r in [*runs.parse_runs(chosen.runs), *asked]}.values())
-        names, samples = names or list(chosen.tasks), samples or chosen.samples
-        sizes = sizes or fitting(chosen.lengths, limit, console)
-    plan = runner.Plan(
-        tuple(names or ruler.OFFLINE),
-        tuple(sizes or DEFAULT_LENGTHS),
-        tuple(asked or [runs.parse_run("dense")]),
-        samples or DEFAULT_SAMPLES,
-        seed,
-        question,
-        chat,
-        batch,
-        measure_error,
-        part,
-    )
-    material = files.Data(essays, squad, hotpot)
-    harness = load_harness(plan, lm, include_path)
-    check_lengths(plan, tokenizer, material, limit)
-    runner.check_served(lm, plan.runs)
-    decided = runner.settings(plan, lm, tokenizer, model or "pocket", material, harness)
-    folder = results.Folder(folder_path, decided, extend=extend, shard="" if part == (0, 1) else f"{part[0]}-{part[1]}")
-    try:
-        if retry_failed:
-            folder.forget_failed()
-        folder.claim(r.name for r in plan.runs)
-        interrupted = work(plan, lm, tokenizer, material, folder, harness, console)
-    finally:
-        folder.close()
+    # each length brings its own room, and short answers are not worth compiling for
+    room: dict[str, Any] = {"max_batch": batch, "max_length": 1, "compile_layers": False}
+    counting: dict[str, Any] = {"count_every": 1, "measure_error": measure_error}
+    where = {"device": device, "dtype": dtype}
+    with open_llm(model, console, tensor_parallel, **where, **room, **counting, seed=seed) as llm:
+        limit = context_tokens(llm.model.config)
+        if preset is not None:
+            config = llm.model.config.get_text_config()
+            chosen = runs.preset(preset, names, config.model_type, model or "pocket", config.num_hidden_layers)
+            console.print(f"preset {preset}: {chosen.note}", highlight=False)
+            asked = list({r.name: r for r in [*runs.parse_runs(chosen.runs), *asked]}.values())
+            names, samples = names or list(chosen.tasks), samples or chosen.samples
+            sizes = sizes or fitting(chosen.lengths, limit, console)
+        plan = runner.Plan(
+            tuple(names or ruler.OFFLINE),
+            tuple(sizes or DEFAULT_LENGTHS),
+            tuple(asked or [runs.parse_run("dense")]),
+            samples or DEFAULT_SAMPLES,
+            seed,
+            question,
+            chat,
+            batch,
+            measure_error,
+            part,
+            tensor_parallel or 1,
+        )
+        material = files.Data(essays, squad, hotpot)
+        harness = load_harness(plan, llm.model, include_path)
+        check_lengths(plan, llm.tokenizer, material, limit)
+        runner.check_served(llm, plan.runs)
+        decided = runner.settings(plan, llm.model, llm.tokenizer, model or "pocket", material, harness)
+        shard_name = "" if part == (0, 1) else f"{part[0]}-{part[1]}"
+        folder = results.Folder(folder_path, decided, extend=extend, shard=shard_name)
+        try:
+            if retry_failed:
+                folder.forget_failed()
+            folder.claim(r.name for r in plan.runs)
+            interrupted = work(plan, llm, material, folder, harness, console)
+        finally:
+            folder.close()
     if interrupted:
         text = f"interrupted: what is done is safe in {folder_path}; the same command continues"
         console.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -219,6 +225,8 @@ def load_harness(plan: runner.Plan, lm: Any, include_path: Path | None) -> dict[
     names = [task.removeprefix(runner.HARNESS) for task in plan.tasks if task.startswith(runner.HARNESS)]
     if not names:
         return {}
+    if plan.tensor_parallel > 1:
+        raise ValueError("--tensor-parallel is for RULER's own tasks: evaluate lm-eval's in a folder of their own")
     if plan.question != "sparse" or plan.chat:
         asked = "--chat" if plan.chat else f"--question {plan.question}"
         raise ValueError(
@@ -264,8 +272,7 @@ def harness_module() -> Any:
 
 def work(
     plan: runner.Plan,
-    lm: Any,
-    tokenizer: Any,
+    llm: LLM,
     material: files.Data,
     folder: results.Folder,
     harness: dict[str, Any],
@@ -301,7 +308,7 @@ def work(
                 console.print(f"{step.task} {step.length or ''} done: {progress.tasks[0].percentage:.0f}%{text}")
 
         try:
-            runner.evaluate(plan, left, lm, tokenizer, material, folder, harness, on_step)
+            runner.evaluate(plan, left, llm, material, folder, harness, on_step)
         except KeyboardInterrupt:
             return True
     return False

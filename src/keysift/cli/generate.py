@@ -19,6 +19,7 @@ import keysift
 from keysift import pocket
 from keysift.checkpoint import encode, load, pick_device, pick_dtype
 from keysift.cli import options
+from keysift.cli.models import open_llm
 from keysift.cli.prompt import new_tokens_allowed, read_prompt
 from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
 from keysift.hf.attach import KV_DEVICES
@@ -74,6 +75,7 @@ def command(
     select_device: Annotated[
         str, option(metavar="D", help="Where rows of host memory are selected: gpu, cpu or auto.")
     ] = "auto",
+    tensor_parallel: options.TensorParallel = None,
     prefill_chunk: Annotated[int | None, option(metavar="N", help="Read the prompt N tokens at a time.")] = None,
     as_json: Annotated[bool, option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
@@ -84,23 +86,20 @@ def command(
     one_of("kv_device", kv_device, KV_DEVICES)
     if stop and kv_device == "cpu":
         raise ValueError("--stop: not with --kv-device cpu")
+    if tensor_parallel is not None and kv_device == "cpu":
+        raise ValueError("--tensor-parallel: not with --kv-device cpu")
     one_of("select_device", select_device, SELECT_DEVICES)
     if host_memory is not None and not 0 < host_memory < math.inf:
         raise ValueError(f"host_memory={host_memory}: choose more than 0, in GiB")
     text = read_prompt(prompt, prompt_file, dash)
-    where = pick_device(device)
-    console = Console(stderr=True)
-    with console.status("Loading the model"):
-        lm, tokenizer = load(str(pocket.path()) if model is None else model, where, pick_dtype(dtype, where))
-    inputs = encode(tokenizer, text, chat, lm.get_input_embeddings().num_embeddings)
-    allowed = new_tokens_allowed(lm.config, inputs["input_ids"].shape[-1], max_new_tokens, DEFAULT_NEW_TOKENS)
-
-    show = no_text if as_json else write
+    console, show = Console(stderr=True), no_text if as_json else write
     if kv_device == "cpu":
+        where = pick_device(device)
+        with console.status("Loading the model"):
+            lm, tokenizer = load(str(pocket.path()) if model is None else model, where, pick_dtype(dtype, where))
+        inputs = encode(tokenizer, text, chat, lm.get_input_embeddings().num_embeddings)
+        allowed = new_tokens_allowed(lm.config, inputs["input_ids"].shape[-1], max_new_tokens, DEFAULT_NEW_TOKENS)
         limit = None if host_memory is None else max(1, int(host_memory * 2**30))
-        attached = keysift.attach(
-            lm, **methods, seed=seed, kv_device="cpu", host_memory=limit, select_device=select_device
-        )
         arguments = {
             **{key: value.to(where) for key, value in inputs.items()},
             **as_transformers(choice),
@@ -108,16 +107,21 @@ def command(
             "max_new_tokens": allowed,
         }
         torch.manual_seed(seed)
-        with attached as attachment:
+        on_host: dict[str, Any] = {"kv_device": "cpu", "host_memory": limit, "select_device": select_device}
+        with keysift.attach(lm, **methods, seed=seed, **on_host) as attachment:
             out = run_attached(lm, tokenizer, arguments, attachment, console, show)
     else:
-        ids = inputs["input_ids"][0].tolist()
-        if repetition_penalty is None:
-            penalty = getattr(lm.generation_config, "repetition_penalty", None) or 1.0
-            choice = replace(choice, repetition_penalty=penalty)
-        length: dict[str, Any] = {"max_batch": 1, "max_length": len(ids) + allowed, "prefill_chunk": prefill_chunk}
-        compiles = allowed >= COMPILED  # which takes some 15 seconds
-        with keysift.LLM(lm, tokenizer=tokenizer, **methods, **length, compile_layers=compiles, seed=seed) as llm:
+        compiles = (max_new_tokens or DEFAULT_NEW_TOKENS) >= COMPILED  # which takes some 15 seconds
+        room: dict[str, Any] = {"max_batch": 1, "max_length": 1, "prefill_chunk": prefill_chunk}  # the prompt says more
+        how: dict[str, Any] = {**methods, "device": device, "dtype": dtype, "compile_layers": compiles, "seed": seed}
+        with open_llm(model, console, tensor_parallel, **room, **how) as llm:
+            known = llm.model.get_input_embeddings().num_embeddings
+            ids = encode(llm.tokenizer, text, chat, known)["input_ids"][0].tolist()
+            allowed = new_tokens_allowed(llm.model.config, len(ids), max_new_tokens, DEFAULT_NEW_TOKENS)
+            if repetition_penalty is None:
+                penalty = getattr(llm.model.generation_config, "repetition_penalty", None) or 1.0
+                choice = replace(choice, repetition_penalty=penalty)
+            llm.switch(max_length=len(ids) + allowed)
             out = run(llm, ids, replace(choice, max_new_tokens=allowed), console, show)
     if as_json:
         print(json.dumps(out._asdict()))

@@ -15,6 +15,9 @@ Model = Annotated[
 Prefill = Annotated[str, option(metavar="SPEC", help="How the prompt is read: name[:key=value,...].")]
 Chat = Annotated[bool, option("--chat", help="Apply the model's chat template.")]
 Device = Annotated[str, option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
+TensorParallel = Annotated[
+    int | None, option(metavar="N", show_default="1", help="GPUs, or processes on a CPU, that share the model.")
+]
 DType = Annotated[
     str, option(metavar="T", help="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16.")
 ]

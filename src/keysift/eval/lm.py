@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from keysift import pocket
 from keysift.eval import squad
-from keysift.eval.generate import Batch, last_token_as, read_prompt, repeat_cache
 from keysift.eval.model_args import glue, glue_pairs, method, prepare, refuse_draft
+from keysift.eval.questions import Batch, last_token_as, read_prompt, repeat_cache
 from keysift.hf import Attachment, KVCache, RunStats, attach
 from keysift.methods import parse
 from keysift.requests import check_question

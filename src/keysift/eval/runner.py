@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
 
 import keysift
+from keysift.engine import LLM
 from keysift.eval import ruler
 from keysift.eval.data import FILES, Data
-from keysift.eval.generate import Batch, generate
 from keysift.eval.results import Folder, Key, Record
 from keysift.eval.runs import Run
+from keysift.hf.parallel import local_part
+from keysift.requests import RequestOutput
+from keysift.sampling import SamplingParams
 
 HARNESS = "lm:"  # what the names of lm-eval's tasks begin with here
+READ = ("prefill_density", "kept_fraction", "bytes_per_step", "prefill_error", "decode_error")  # of what stats say
 ASSUMED_TOKENS = 4096  # weight in the estimate of the time left of a sample whose length is not known
 
 
@@ -38,9 +39,10 @@ class Plan:
         question: how the end of a prompt from its question on is read: "sparse" (as all of it, by the prefill method),
             "dense", or "decode" (token by token, by the decode method).
         chat: apply the model's chat template.
-        batch: samples generated together; batches are always the same samples, so that stopping changes no result.
+        batch: samples answered together; batches are always the same samples, so that stopping changes no result.
         measure_error: also compare every attention output with dense attention's.
         shard: (i, n) does every n-th batch, from the i-th; several processes share a folder so.
+        tensor_parallel: processes that share the model.
     """
 
     tasks: tuple[str, ...]
@@ -53,6 +55,7 @@ class Plan:
     batch: int = 1
     measure_error: bool = False
     shard: tuple[int, int] = (0, 1)
+    tensor_parallel: int = 1
 
 
 class Step(NamedTuple):
@@ -98,15 +101,17 @@ def settings(plan: Plan, model: Any, tokenizer: Any, name: str, data: Data, harn
         "measure_error": plan.measure_error,
         "data": {kind: _digest(data.file(kind).read_bytes()) for kind in FILES if kind in needed}
         | {f"{HARNESS}{task}": _digest(made.spelled().encode()) for task, made in harness.items()},
+        # weights are those of the first process then
+        **({"tensor_parallel": plan.tensor_parallel} if plan.tensor_parallel > 1 else {}),
     }
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of the weights: names, shapes, some values and the exact sum of the bits of every parameter."""
+    """A digest of the weights here: names, shapes, some values and the exact sum of the bits of every parameter."""
     digest = hashlib.sha256()
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, weight in model.named_parameters():
-        bits = weight.detach().contiguous().view(whole[weight.element_size()]).flatten()
+        bits = local_part(weight).contiguous().view(whole[weight.element_size()]).flatten()
         some = bits[:: max(1, bits.numel() // 16)][:16].tolist()
         digest.update(f"{name} {tuple(weight.shape)} {some} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()[:16]
@@ -118,16 +123,14 @@ def _spelled(tokenizer: Any) -> str:
     return f"{rules} {tokenizer.special_tokens_map} {tokenizer.chat_template}"
 
 
-def check_served(model: Any, runs: tuple[Run, ...]) -> None:
-    """Raise ValueError for a model that keysift refuses, and for methods that serve none of its layers."""
+def check_served(llm: LLM, runs: tuple[Run, ...]) -> None:
+    """Raise ValueError for methods that serve none of a model's layers."""
     sparse = [run.name for run in runs if run.name != "dense"]
-    with keysift.attach(model) as link, torch.no_grad():
-        model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), logits_to_keep=1)
-        if sparse and link.stats.prefill_density is None:
-            raise ValueError(
-                f"--run '{sparse[0]}': every layer of this model has a sliding window of its own, which stays dense, so"
-                " no method has anything to choose"
-            )
+    if sparse and not llm.served.chooses:
+        raise ValueError(
+            f"--run '{sparse[0]}': every layer of this model has a sliding window of its own, which stays dense, so no"
+            " method has anything to choose"
+        )
 
 
 def _digest(data: bytes) -> str:
@@ -154,8 +157,7 @@ def steps(plan: Plan, done: set[Key], harness: dict[str, Any]) -> Iterator[Step]
 def evaluate(
     plan: Plan,
     left: Sequence[Step],
-    model: Any,
-    tokenizer: Any,
+    llm: LLM,
     data: Data,
     folder: Folder,
     harness: dict[str, Any],
@@ -166,8 +168,7 @@ def evaluate(
     Args:
         plan: what to do.
         left: what ``steps`` says is left of it.
-        model: a causal LM, not attached.
-        tokenizer: the model's.
+        llm: that answers, as many at a time as ``plan.batch``; it is closed before lm-eval's tasks begin.
         data: files that tasks are made of.
         folder: where results go; what is done there is not done again.
         harness: lm-eval's tasks of the plan by name, as ``harness.load`` gives them.
@@ -177,14 +178,15 @@ def evaluate(
     served: dict[str, Any] = {}
     for step in left:
         if step.task.startswith(HARNESS):
+            llm.close()
             if step.run.name not in served:
-                served[step.run.name] = _harness_model(plan, step.run, model, tokenizer)
+                served[step.run.name] = _harness_model(plan, step.run, llm.model, llm.tokenizer)
             records = _harness_records(plan, step, served[step.run.name], harness[step.task.removeprefix(HARNESS)])
         else:
             key = (step.task, step.length, step.indices[0])
             if made[0] != key:  # the runs of a batch share its samples
-                made = key, *_make_batch(plan, step, tokenizer, data)
-            records = _ruler_records(plan, step, model, tokenizer, made[1]) if made[1] else []
+                made = key, *_make_batch(plan, step, llm.tokenizer, data)
+            records = _ruler_records(plan, step, llm, made[1]) if made[1] else []
             records += [_record(step, i, (), error=reason) for i, reason in made[2].items()]
         missing = set(step.missing)
         folder.append(record for record in records if record["index"] in missing)
@@ -206,68 +208,42 @@ def _make_batch(plan: Plan, step: Step, tokenizer: Any, data: Data) -> tuple[lis
     return samples, reasons
 
 
-def _ruler_records(plan: Plan, step: Step, model: Any, tokenizer: Any, samples: list[ruler.Sample]) -> list[Record]:
-    """Answers to a batch; one that fails (it may not fit) is tried again in halves."""
-    groups = [samples] if plan.question == "sparse" else [[sample] for sample in samples]
-    records = []
-    for group in groups:
-        try:
-            records += _answer(plan, step.run, model, tokenizer, group)
-        except Exception as error:  # whatever a model or a driver raises must not cost the rest of the run
-            if len(group) > 1:
-                _free(model)
-                half = len(group) // 2
-                records += _ruler_records(plan, step, model, tokenizer, group[:half])
-                records += _ruler_records(plan, step, model, tokenizer, group[half:])
-            else:
-                records.append(_record(step, group[0].index, group[0].outputs, error=_reason(error)))
-                _free(model)
-    return records
-
-
-def _answer(plan: Plan, run: Run, model: Any, tokenizer: Any, samples: list[ruler.Sample]) -> list[Record]:
-    """Greedy answers to samples of one task, padded on the left, with what was read and how long it took."""
-    pad = tokenizer.pad_token_id
-    if pad is None or pad >= model.get_input_embeddings().num_embeddings:
-        pad = 0  # masked, whatever it is
-    prompt = Batch.of([s.ids for s in samples], model.device, pad)
-    clock = Clock(model.device)
-    with _greedy(model, pad), keysift.attach(model, run.prefill, run.decode, seed=plan.seed) as link:
-        link.reset_stats(plan.measure_error)
-        asked = samples[0].question_tokens
-        options = {
-            "max_new_tokens": samples[0].new_tokens,
-            "stopping_criteria": transformers.StoppingCriteriaList([clock]),
-        }
-        out = generate(model, link, prompt.ids, prompt.mask, plan.question, asked, **options)
-        measured = link.stats._asdict()
-    ends = _ends(model)
-    records = []
-    for sample, row in zip(samples, out[:, prompt.ids.shape[1] :].tolist(), strict=True):
-        new = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        pred = tokenizer.decode(row[:new], skip_special_tokens=True)
-        score = ruler.grade(sample.task, pred, sample.outputs)
-        record = _record(Step(run, sample.task, sample.length, [], []), sample.index, sample.outputs, pred, score)
-        records.append(
-            record
-            | {"prompt_tokens": len(sample.ids), "question_tokens": sample.question_tokens, "new_tokens": new}
-            | clock.speed()
-            | {field: _rounded(value) for field, value in measured.items()}
-        )
-    return records
-
-
-@contextmanager
-def _greedy(model: Any, pad: int) -> Iterator[None]:
-    """Plain greedy decoding within it: of the checkpoint's generation config (penalties, sampling, prompt lookup, no
-    cache, ...) only the end tokens stay, so that runs differ by their methods alone."""
-    before = model.generation_config
-    kept = {"eos_token_id": before.eos_token_id, "bos_token_id": before.bos_token_id, "pad_token_id": pad}
-    model.generation_config = transformers.GenerationConfig(**kept)
+def _ruler_records(plan: Plan, step: Step, llm: LLM, samples: list[ruler.Sample]) -> list[Record]:
+    """Answers to a batch; if one fails (it may not fit), they are tried again in halves."""
     try:
-        yield
-    finally:
-        model.generation_config = before
+        return _answer(plan, step.run, llm, samples)
+    except Exception as error:  # whatever a model or a driver raises must not cost the rest of the run
+        if llm.broken:
+            raise ValueError(f"{llm.broken}: what is done is safe, and the same command continues") from error
+        _free(llm.model)
+        if len(samples) > 1:
+            half = len(samples) // 2
+            return [x for part in (samples[:half], samples[half:]) for x in _ruler_records(plan, step, llm, part)]
+        return [_record(step, samples[0].index, samples[0].outputs, error=_reason(error))]
+
+
+def _answer(plan: Plan, run: Run, llm: LLM, samples: list[ruler.Sample]) -> list[Record]:
+    """Greedy answers to samples of one task, with what was read and how long it took."""
+    llm.switch(prefill=run.prefill, decode=run.decode, max_length=samples[0].length)
+    records = []
+    # a question has as many tokens as its own sample says
+    groups = [samples] if plan.question == "sparse" else [[sample] for sample in samples]
+    for group in groups:
+        params = SamplingParams(max_new_tokens=group[0].new_tokens)
+        asked = None if plan.question == "sparse" else group[0].question_tokens
+        prompts = [sample.ids for sample in group]
+        answers = llm.generate(prompts, params, question=plan.question, question_tokens=asked)
+        records += [_answered(run, sample, out) for sample, out in zip(group, answers, strict=True)]
+    return records
+
+
+def _answered(run: Run, sample: ruler.Sample, out: RequestOutput) -> Record:
+    pred, stats = out.text, out.stats._asdict()
+    score = ruler.grade(sample.task, pred, sample.outputs)
+    record = _record(Step(run, sample.task, sample.length, [], []), sample.index, sample.outputs, pred, score)
+    counts = {"prompt_tokens": len(sample.ids), "question_tokens": sample.question_tokens}
+    measured = {field: _rounded(stats[field]) for field in ("ttft_s", "tokens_per_s", *READ)}
+    return record | counts | {"new_tokens": len(out.token_ids)} | measured
 
 
 def _harness_model(plan: Plan, run: Run, model: Any, tokenizer: Any) -> Any:
@@ -313,37 +289,6 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _ends(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
-
-
 def _free(model: Any) -> None:
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-class Clock(transformers.StoppingCriteria):
-    """Notes when tokens come; never stops anything."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = self._now()
-        self._times: list[float] = []
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._times.append(self._now())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def speed(self) -> Record:
-        """Seconds to the first token, and tokens per second of each sequence after it."""
-        if not self._times:
-            return {"ttft_s": None, "tokens_per_s": None}
-        seconds, after = self._times[-1] - self._times[0], len(self._times) - 1
-        rate = _rounded(after / seconds) if seconds > 0 and after else None
-        return {"ttft_s": _rounded(self._times[0] - self._start), "tokens_per_s": rate}

@@ -224,12 +224,12 @@ def localise(model: nn.Module) -> None:
     inference; other kinds of sharding stay as transformers has them."""
     for name, module, how in _linear_layers(model):
         if isinstance(module.weight, DTensor):
-            bias = None if module.bias is None else _local(module.bias)
-            _replace(model, name, Local(_local(module.weight), bias, how, module.weight.shape[0]))
+            bias = None if module.bias is None else local_part(module.bias)
+            _replace(model, name, Local(local_part(module.weight), bias, how, module.weight.shape[0]))
     for name, module in model.named_modules():
         if _style(model, name) == REPLICATED:
             for key, x in list(module.named_parameters(recurse=False)):
-                setattr(module, key, nn.Parameter(_local(x), requires_grad=False))
+                setattr(module, key, nn.Parameter(local_part(x), requires_grad=False))
             module.__dict__.pop("forward", None)
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
@@ -255,5 +255,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
+    """What this process has of a tensor."""
     return x.to_local().detach() if isinstance(x, DTensor) else x.detach()

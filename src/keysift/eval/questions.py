@@ -11,7 +11,6 @@ from torch import Tensor
 
 from keysift.hf import Attachment, KVCache
 from keysift.methods import parse
-from keysift.requests import check_question
 
 
 class Batch(NamedTuple):
@@ -34,40 +33,6 @@ class Batch(NamedTuple):
     def then(self, ids: Tensor) -> Batch:
         """With further tokens ``[B, N]``, none of them padding."""
         return Batch(torch.cat([self.ids, ids], 1), torch.cat([self.mask, torch.ones_like(ids)], 1))
-
-
-def generate(
-    model: Any,
-    link: Attachment,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    question: str = "sparse",
-    question_tokens: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """``model.generate`` with a say in how the last tokens of the prompt, the question, are read.
-
-    Args:
-        model: an attached model, or a wrapper of it that generates.
-        link: what ``keysift.attach`` returned for it.
-        input_ids, attention_mask: ``[B, T]``, padded on the left.
-        question: "sparse", all is prompt for the prefill method; "dense", the question by dense attention over all
-            keys; "decode", the question a token at a time by the decode method. The context is always the prefill
-            method's.
-        question_tokens: how many of the last tokens are the question; all of a shorter prompt.
-        **kwargs: what ``model.generate`` takes.
-
-    Returns:
-        Token ids ``[B, T + new tokens]``.
-    """
-    check_question(question, question_tokens)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if question == "sparse":
-        return model.generate(input_ids, attention_mask=mask, **kwargs)
-    _, cache = read_prompt(model, link, input_ids, mask, question, question_tokens, leave=1)
-    repeat_cache(cache, model, kwargs)
-    with last_token_as(link, question):
-        return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
 
 
 def read_prompt(
