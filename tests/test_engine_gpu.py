@@ -1,5 +1,6 @@
 """The engine on GPUs: compiled steps in graphs round as the model's own code does, alone and together."""
 
+import logging
 import math
 import random
 
@@ -57,7 +58,7 @@ def gap_where_they_part(model, prompt, tokens):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_part_from_transformers_only_where_two_logits_are_as_good_as_equal(name, record_property):
+def test_tokens_part_from_transformers_only_where_two_logits_are_as_good_as_equal(name):
     model = tiny(name).bfloat16().cuda()
     prompts, params = random_prompts(20), SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     with LLM(model, max_batch=4, max_length=160, page=16) as llm:
@@ -67,8 +68,7 @@ def test_tokens_part_from_transformers_only_where_two_logits_are_as_good_as_equa
     assert [x.token_ids for x in answers[:5]] == alone
     gaps = [gap_where_they_part(model, p, x.token_ids) for p, x in zip(prompts, answers, strict=True)]
     parted = sorted(gap for gap in gaps if gap is not None)
-    record_property("parted", parted)
-    print(f"{name}: {len(parted)} of {len(gaps)} answers part, at gaps of {parted} ulp")
+    logging.getLogger(__name__).info("%s: %d answers of %d part, at ulps of %s", name, len(parted), len(gaps), parted)
     assert len(parted) <= 8 and sum(gap > 2 for gap in parted) <= 1
 
 
@@ -86,17 +86,20 @@ def test_sampled_requests_get_the_tokens_they_get_alone(decode):
 
 
 def test_every_answer_says_what_it_read_and_a_counted_step_gives_the_same_tokens():
-    model, prompts = tiny("qwen3").bfloat16().cuda(), random_prompts(9)
-    found = {}
+    prompts, params = random_prompts(9), SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+    options = {"decode": "quest:keep=0.3,page=4,window=8,dense_layers=none,dense_below=0", "page": 16}
+    with LLM(tiny("qwen3"), max_batch=1, max_length=160, **options) as llm:
+        on_cpu = llm.generate(prompts, params)
+    tiny.cache_clear()
+    model, found = tiny("qwen3").cuda(), {}
     for every in (1, 64):
-        spec = "quest:keep=0.3,page=4,window=8,dense_layers=none,dense_below=0"
-        with LLM(model, decode=spec, max_batch=3, max_length=160, page=16, count_every=every) as llm:
-            found[every] = llm.generate(prompts, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+        with LLM(model, max_batch=3, max_length=160, count_every=every, **options) as llm:
+            found[every] = llm.generate(prompts, params)
     assert [x.token_ids for x in found[1]] == [x.token_ids for x in found[64]]
-    for all_steps, some in zip(found[1], found[64], strict=True):
-        assert 0.2 < all_steps.stats.kept_fraction < 0.9
-        assert some.stats.kept_fraction == pytest.approx(all_steps.stats.kept_fraction, rel=0.2)
-        assert some.stats.bytes_per_step == pytest.approx(all_steps.stats.bytes_per_step, rel=0.3)
+    for all_steps, some, expected in zip(found[1], found[64], on_cpu, strict=True):
+        assert all_steps.stats.kept_fraction == pytest.approx(expected.stats.kept_fraction, rel=1e-3)
+        assert all_steps.stats.bytes_per_step == pytest.approx(expected.stats.bytes_per_step, rel=1e-3)
+        assert some.stats.kept_fraction == pytest.approx(expected.stats.kept_fraction, rel=0.5)
 
 
 def test_an_engine_switches_methods_and_lengths_between_graphs():

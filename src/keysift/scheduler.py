@@ -57,6 +57,7 @@ class Scheduler:
         self.done: list[RequestOutput] = []
         self.news: list[tuple[Request, Delta]] = []
         self._reading: int | None = None
+        self._no_room_for: Request | None = None  # until another one ends
         self._steps = 0
         self.open(room)
         self.sampler = Sampler(max_batch, served.vocabulary, served.model.device)
@@ -111,7 +112,7 @@ class Scheduler:
     def _admit(self) -> bool:
         """Give the first request that waits a slot, if it fits now."""
         slot = next((s for s in range(self.max_batch) if s not in self.running), None)
-        if not self.waiting or slot is None:
+        if not self.waiting or slot is None or self._no_room_for is self.waiting[0]:
             return False
         request, slots = self.waiting[0], self.slots
         pages = -(-request.rows // slots.page)
@@ -125,6 +126,7 @@ class Scheduler:
             fits = pages <= slots.free_pages
         if not fits:
             slots.free(slot)
+            self._no_room_for = request
             return False
         slots.reserve(slot, request.rows)
         request.reused = slots.lengths[slot]
@@ -221,6 +223,7 @@ class Scheduler:
         new += request.text.end()
         read = request.meter.totals()
         if slot is not None:
+            self._no_room_for = None
             read = read.plus(self.served.meter.totals(slot))
             self.served.deactivate(slot)
             self.sampler.end(slot)
