@@ -200,17 +200,22 @@ def decode(
     Returns:
         Output in q's dtype ``[B, H, Dv]``, and the log-sum-exp, fp32 ``[B, H]``, if asked for.
     """
-    kv, middle = store.view(), store.middle(method)
     selection = select(q_BHD, store, method, ctx, meter)
-    if selection is None:
-        if with_lse:
-            part = short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
-            return part.out[:, 0], part.lse[:, 0]
-        return dense_attention(q_BHD[:, None], kv, ctx.scale)[:, 0], None
-    part = gather_attention(q_BHD, kv, selection, ctx.scale, middle, q_BHD.dtype)
-    if meter is not None and meter.measure_error:
-        meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], kv, ctx.scale))
+    if selection is None and not with_lse:
+        return dense_attention(q_BHD[:, None], store.view(), ctx.scale)[:, 0], None
+    part = attend(q_BHD, store, method, selection, ctx)
+    if meter is not None and meter.measure_error and selection is not None:
+        meter.add_error("decode", part.out, dense_attention(q_BHD[:, None], store.view(), ctx.scale))
     return part.out[:, 0], part.lse[:, 0] if with_lse else None
+
+
+def attend(q_BHD: Tensor, store: Store, method: Decode, selection: Selection | None, ctx: Ctx) -> Partial:
+    """Attention of one new query a sequence over what is selected of the middle, None for all of it, and over sinks
+    and window; the output in q's dtype, ``[B, 1, H, Dv]``."""
+    kv = store.view()
+    if selection is None:
+        return short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
+    return gather_attention(q_BHD, kv, selection, ctx.scale, store.middle(method), q_BHD.dtype)
 
 
 def select(

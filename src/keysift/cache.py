@@ -157,6 +157,11 @@ class Store:
         # an entry of several keys may hold some that are gone: there is something to bring up to date
         self._seen[slot] = min(self._seen[slot], self.slots.appended[slot] - 1)
 
+    def doubt(self, rows: int) -> None:
+        """Have side data of the newest rows made again before they are used: other rows may lie there by now."""
+        slots, _, _ = self._made()
+        self._seen = [min(seen, n - rows) for seen, n in zip(self._seen, slots.appended, strict=True)]
+
     def join(self, slots: Slots) -> None:
         """Be counted with another layer, whose slots hold the same sequences, from here on."""
         own, _, _ = self._made()

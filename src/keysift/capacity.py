@@ -10,6 +10,7 @@ from keysift.hf.parallel import is_dealt_out, least
 from keysift.hf.served import ServedModel
 from keysift.offload import free_bytes, free_device_bytes
 from keysift.slots import Slots
+from keysift.speculate import MOST
 
 SPARE_BYTES = 4 << 30  # of a GPU, for what is computed and for what CUDA graphs keep
 HOST_SHARE = 0.5  # of free memory, on a CPU
@@ -42,7 +43,8 @@ def slots_for(
         return max(0, int((memory - max_batch * sequence_bytes(served, capacity)) / (page * token)))
 
     wanted = max_length or context_tokens(served.model.config) or memory // token
-    per_slot = -(-wanted // page)
+    spare = MOST if served.draft_method is not None else 0  # rows of tokens that are drafted past the end
+    per_slot = -(-(wanted + spare) // page)
     if max_length is not None and (there := pages(per_slot * page)) <= per_slot:
         raise ValueError(
             f"max_length={max_length}: one sequence needs {per_slot * page * token / 2**30:.2f} GiB and there is room"
@@ -53,7 +55,7 @@ def slots_for(
     if per_slot < 1:
         raise ValueError(f"kv_memory={memory}: not even one page of {page} tokens fits")
     there = min(pages(per_slot * page), max_batch * per_slot + 1)
-    return Slots(max_batch, page, per_slot, there, served.model.device), min(wanted, per_slot * page)
+    return Slots(max_batch, page, per_slot, there, served.model.device), min(wanted, per_slot * page - spare)
 
 
 def _free(served: ServedModel) -> int:
@@ -66,7 +68,7 @@ def _free(served: ServedModel) -> int:
 
 def token_bytes(served: ServedModel) -> int:
     """Of a token's keys, values and side data, in all layers."""
-    method, row = served.decode_method, sum(shape.row_bytes for shape in served.shapes)
+    method, row = served.keeps_for, sum(shape.row_bytes for shape in served.shapes)
     return row + math.ceil(
         sum(
             shape.kv_heads * side.token_bytes
@@ -79,10 +81,21 @@ def token_bytes(served: ServedModel) -> int:
 
 def sequence_bytes(served: ServedModel, capacity: int) -> int:
     """Of what the decode method keeps once a sequence of at most so many rows."""
-    method = served.decode_method
+    method = served.keeps_for
     return sum(
         math.prod(state.shape) * state.dtype.itemsize
         for layer, shape in enumerate(served.shapes)
         if layer not in method.dense_layers
         for state in method.states(shape.kv_heads, shape.dim, capacity).values()
     )
+
+
+def draft_cost(served: ServedModel, sequences: int, tokens: int) -> float:
+    """Bytes that a draft step reads, as a share of a dense step's, with all slots full."""
+    model, method = served.model, served.keeps_for
+    weights = sum(x.numel() * x.element_size() for name, x in model.named_parameters() if "embed" not in name)
+    rows = sum(shape.row_bytes for shape in served.shapes) * sequences
+    most = getattr(method, "most", None)
+    read = min(tokens, method.sinks + method.window + (most(tokens) if most else 0))
+    scanned = (token_bytes(served) * sequences - rows) * tokens
+    return min(1.0, (weights + rows * read + scanned) / (weights + rows * tokens))

@@ -21,12 +21,14 @@ from keysift.requests import Delta, OnText, Request, RequestOutput, check_questi
 from keysift.sampling import SamplingParams
 from keysift.scheduler import Room, Scheduler
 from keysift.slots import Slots, check_page
+from keysift.speculate import check_draft
 from keysift.text import Detokenizer
 from keysift.types import check_seed
 from keysift.workers import serve
 
 MAX_BATCH = {"cuda": 16, "cpu": 1}
 CHUNK = 2048  # tokens of a prompt that are read at a time where beginnings are shared
+NO_DRAFT = "none"
 COUNT_EVERY = {"cuda": 64}  # steps; elsewhere every one
 
 Prompt = str | Sequence[int]
@@ -67,6 +69,8 @@ class LLM:
         seed: int = 0,
         count_every: int | None = None,
         measure_error: bool = False,
+        draft: Any = None,
+        gamma: int | None = None,
     ) -> None:
         """Load a model and make room for its sequences.
 
@@ -91,6 +95,9 @@ class LLM:
                 a GPU, where a step that is counted takes a little longer, and 1 on a CPU.
             measure_error: also compute dense attention beside the methods', for ``prefill_error`` and ``decode_error``
                 (slow).
+            draft: self-speculation: a decode SPEC or method that drafts tokens over the same keys, which one pass over
+                all keys then checks; the tokens are those of dense decoding. None drafts nothing.
+            gamma: tokens drafted at a time, 1 to 8; None has it chosen as it goes, 0 included.
 
         Raises:
             ValueError: a model, method, option or size that cannot be served; says what could.
@@ -103,7 +110,9 @@ class LLM:
             if prefill_chunk % page:
                 raise ValueError(f"prefill_chunk={prefill_chunk}: with reuse_prefixes, a multiple of page={page}")
         methods = parse(prefill, "prefill"), parse(decode, "decode")
-        check_shares(reuse_prefixes, methods[1])
+        drafts = None if draft is None else parse(draft, "decode")
+        check_shares(reuse_prefixes, methods[1] if drafts is None else drafts)
+        check_draft(drafts, methods[1], gamma)
         self._ranks: Ranks | None = None
         if isinstance(model, (str, Path)):
             options = {name: x for name, x in locals().items() if name in _OF_WORKERS}
@@ -119,9 +128,9 @@ class LLM:
         every = count_every or COUNT_EVERY.get(where, 1)
         try:
             shared = prefill_chunk if reuse_prefixes else None
-            self.served = ServedModel(self.model, *methods, seed, compile_layers, shared, measure_error)
+            self.served = ServedModel(self.model, *methods, seed, compile_layers, shared, measure_error, drafts)
             room, ends = Room(page, max_length, kv_memory), eos_tokens(self.model, self.tokenizer)
-            self._work = Scheduler(self.served, room, self.max_batch, ends, prefill_chunk, reuse_prefixes, every)
+            self._work = Scheduler(self.served, room, self.max_batch, ends, prefill_chunk, reuse_prefixes, every, gamma)
         except BaseException:
             if hasattr(self, "served"):
                 self.served.close()
@@ -140,11 +149,14 @@ class LLM:
         if self._ranks is not None:
             self._ranks.tell(*call)
 
-    def switch(self, *, prefill: Any = None, decode: Any = None, max_length: int | None = None) -> None:
-        """Have the requests that come read by other methods, or give them other room; what is None stays as it is.
+    def switch(
+        self, *, prefill: Any = None, decode: Any = None, draft: Any = None, max_length: int | None = None
+    ) -> None:
+        """Have the requests that come read by other methods, or give them other room; what is None stays as it is, and
+        ``draft="none"`` drafts nothing.
 
         Raises:
-            ValueError: requests are at work, or as when an LLM is made; all is as it was then.
+            ValueError: requests are at work, or as when an LLM is made; all but shared prefixes is as it was then.
         """
         self._check_open()
         if self.unfinished:
@@ -154,10 +166,21 @@ class LLM:
             self.served.prefill_method if prefill is None else parse(prefill, "prefill"),
             self.served.decode_method if decode is None else parse(decode, "decode"),
         )
-        check_shares(self.prefixes is not None, methods[1])
+        drafts = self.served.draft_method
+        if draft is not None:
+            drafts = None if draft == NO_DRAFT else parse(draft, "decode")
+        check_shares(self.prefixes is not None, methods[1] if drafts is None else drafts)
+        check_draft(drafts, methods[1], None)
         room = self._work.room if max_length is None else self._work.room._replace(max_length=max_length)
-        self._tell("follow_switch", *methods, room)
-        self._work.switch(*methods, room)
+        self._tell("follow_switch", *methods, drafts, room)
+        try:
+            self._work.switch(*methods, drafts, room)
+        except ValueError:  # which all processes raise
+            raise
+        except BaseException as error:
+            if self._ranks is not None:
+                self._end_others(error)
+            raise
 
     def follow_switch(self, *to: Any) -> None:
         """What a worker does when the first process switches."""
@@ -419,5 +442,5 @@ def work() -> None:
 
 _OF_WORKERS = (
     *("model", "prefill", "decode", "device", "dtype", "max_batch", "max_length", "kv_memory", "page"),
-    *("prefill_chunk", "reuse_prefixes", "compile_layers", "seed", "count_every", "measure_error"),
+    *("prefill_chunk", "reuse_prefixes", "compile_layers", "seed", "count_every", "measure_error", "draft", "gamma"),
 )

@@ -138,8 +138,10 @@ class StepMeter:
         sums: of each slot, fp64 ``[6, slots]``: keys read, cached, bytes, steps, relative error, heads compared.
     """
 
-    def __init__(self, slots: int, device: torch.device, measure_error: bool = False) -> None:
-        self.sums = torch.zeros(6, slots, dtype=torch.float64, device=device)
+    def __init__(self, idle: Tensor, measure_error: bool = False) -> None:
+        """``idle``, int64 ``[slots]``, is 1 where a slot takes no part in steps; it may change from step to step."""
+        self._idle = idle
+        self.sums = torch.zeros(6, len(idle), dtype=torch.float64, device=idle.device)
         self.measure_error = measure_error
         self._first_layer: int | None = None
 
@@ -158,16 +160,17 @@ class StepMeter:
         """As ``Meter.add_step``."""
         if self._first_layer is None:
             self._first_layer = layer
-        self.sums[:3] += read_of_step(kv, heads, middle, selection, scanned)
-        self.sums[3] += int(layer == self._first_layer)
+        counts = 1 - self._idle
+        self.sums[:3] += read_of_step(kv, heads, middle, selection, scanned) * counts
+        self.sums[3] += counts * int(layer == self._first_layer)
         if self.measure_error and selection is None:
-            self.sums[5] += heads
+            self.sums[5] += heads * counts
 
     def add_error(self, phase: str, out_BTHD: Tensor, dense_BTHD: Tensor) -> None:
         """As ``Meter.add_error``, of decode."""
         error = relative_error(out_BTHD, dense_BTHD)
-        self.sums[4] += error.sum(1)
-        self.sums[5] += error.shape[1]
+        self.sums[4] += error.sum(1).masked_fill(self._idle > 0, 0)
+        self.sums[5] += error.shape[1] * (1 - self._idle)
 
 
 def read_of_step(kv: KV, heads: int, middle: KV | None, selection: Selection | None, scanned: Tensor | int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from keysift.meter import Meter
 from keysift.sampling import Logprobs, SamplingParams
+from keysift.speculate import Acceptance
 from keysift.text import Detokenizer
 from keysift.types import Stats, one_of
 
@@ -43,7 +44,7 @@ class GenerationStats(NamedTuple):
         kept_fraction: share of the cached keys read by new tokens, in the steps that were counted.
         bytes_per_step: bytes of keys, values and side data that a new token read.
         prefill_error, decode_error: of attention outputs against dense ones, where measured.
-        accepted_per_round: of drafted tokens.
+        accepted_per_round: of drafted tokens, in rounds of speculation.
     """
 
     prompt_tokens: int
@@ -99,6 +100,9 @@ class Request:
     last_token: float | None = None
     told_end: bool = False
     counted: bool = False  # a step of it was
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    rounds: int = 0
+    accepted: int = 0  # drafted tokens
 
     @property
     def rows(self) -> int:
@@ -125,7 +129,8 @@ class Request:
             rate = (len(ids) - 1) / seconds if seconds > 0 else None
         counts = len(self.prompt), len(ids), self.reused, ttft, rate
         of_steps = read.kept_fraction, read.bytes_per_step, read.prefill_error, read.decode_error
-        stats = GenerationStats(*counts, read.density, *of_steps)
+        accepted = self.accepted / self.rounds if self.rounds else None
+        stats = GenerationStats(*counts, read.density, *of_steps, accepted)
         logprobs = None if self.params.logprobs is None else self.logprobs
         return RequestOutput(self.index, self.text.text, ids, reason, logprobs, stats)
 

@@ -139,10 +139,15 @@ class Sampler:
         self.device, self.vocabulary = device, vocabulary
         self._params: list[SamplingParams | None] = [None] * slots
         self._seen: Tensor | None = None  # [slots, V], once a request has a penalty
+        self._reals = torch.zeros(4, slots, dtype=torch.float64, device=device)  # temperature, top_p, min_p, penalty
+        self._wholes = torch.zeros(2, slots, dtype=torch.int64, device=device)  # top_k, seed
 
     def begin(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Have ``slot`` continue ``prompt``."""
         self._params[slot] = params
+        reals = params.temperature, params.top_p, params.min_p, params.repetition_penalty
+        self._reals[:, slot] = torch.tensor(reals, dtype=torch.float64, device=self.device)
+        self._wholes[:, slot] = torch.tensor((params.top_k, params.seed), device=self.device)
         if params.repetition_penalty != 1 and self._seen is None:
             self._seen = torch.zeros(len(self._params), self.vocabulary, dtype=torch.bool, device=self.device)
         if self._seen is not None:
@@ -151,6 +156,7 @@ class Sampler:
 
     def end(self, slot: int) -> None:
         self._params[slot] = None
+        self._reals[:, slot] = 0
 
     def tokens(self, logits: Tensor, slots: Sequence[int], places: Sequence[int]) -> Tensor:
         """The next token of some slots, int64 ``[n]``.
@@ -159,34 +165,60 @@ class Sampler:
             logits: of these slots, fp32 ``[n, V]``.
             places: how many tokens each of them has so far; with its seed, that is what a draw depends on.
         """
+        which = torch.tensor(slots, device=self.device)
+        chosen = self._chosen(logits, slots, places, None if self._seen is None else self._seen[which])
+        if self._seen is not None:
+            self._seen[which, chosen] = True
+        return chosen
+
+    def tokens_after(self, logits: Tensor, drafted: Tensor, slots: Sequence[int], places: Sequence[int]) -> Tensor:
+        """What some slots would get after each of their drafted tokens, and before the first, int64 ``[n, T + 1]``.
+
+        Args:
+            logits: there, fp32 ``[n, T + 1, V]``.
+            drafted: int64 ``[n, T]``.
+            places: of the first.
+        """
+        which = torch.tensor(slots, device=self.device)
+        seen = None if self._seen is None else self._seen[which]
+        out = []
+        for i in range(logits.shape[1]):
+            if seen is not None and i:
+                seen = seen.scatter(1, drafted[:, i - 1 : i], True)
+            out.append(self._chosen(logits[:, i], slots, [place + i for place in places], seen))
+        return torch.stack(out, 1)
+
+    def note(self, slot: int, tokens: Sequence[int]) -> None:
+        """A slot got tokens by ``tokens_after``."""
+        if self._seen is not None:
+            self._seen[slot, torch.tensor(tokens, device=self.device)] = True
+
+    def guess(self, logits: Tensor, places: Tensor) -> Tensor:
+        """Tokens of all slots for logits ``[slots, V]``, by the random numbers of their places, penalties apart; never
+        waits for the device."""
+        return self._drawn(logits, self._reals, self._wholes, places)
+
+    def _chosen(self, logits: Tensor, slots: Sequence[int], places: Sequence[int], seen: Tensor | None) -> Tensor:
         params = [self._params[slot] for slot in slots]
         assert all(params)
         chosen = logits.argmax(-1)
         apart = [i for i, x in enumerate(params) if x is not None and not x.greedy]
         if apart:
             index = torch.tensor(apart, device=self.device)
-            chosen[index] = self._drawn(logits[index], [slots[i] for i in apart], [places[i] for i in apart])
-        if self._seen is not None:
-            self._seen[torch.tensor(slots, device=self.device), chosen] = True
+            which = torch.tensor([slots[i] for i in apart], device=self.device)
+            reals, of_apart = self._reals[:, which], logits[index]
+            if seen is not None:
+                of_apart = penalised(of_apart, seen[index], reals[3])
+            there = torch.tensor([places[i] for i in apart], device=self.device)
+            chosen[index] = self._drawn(of_apart, reals, self._wholes[:, which], there)
         return chosen
 
-    def _drawn(self, logits: Tensor, slots: list[int], places: list[int]) -> Tensor:
-        params = [x for x in (self._params[slot] for slot in slots) if x is not None]
-
-        def column(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.tensor([getattr(x, name) for x in params], dtype=dtype, device=self.device)
-
-        if self._seen is not None:
-            logits = penalised(
-                logits, self._seen[torch.tensor(slots, device=self.device)], column("repetition_penalty")
-            )
-        temperature = column("temperature")
+    def _drawn(self, logits: Tensor, reals: Tensor, wholes: Tensor, places: Tensor) -> Tensor:
+        temperature, top_p, min_p, _ = reals
+        top_k, seed = wholes
         cold = temperature == 0
-        p, token = likeliest(
-            logits, temperature.masked_fill(cold, 1), column("top_k", torch.int64), column("top_p"), column("min_p")
-        )
-        u = uniform(column("seed", torch.int64), torch.tensor(places, device=self.device))
-        return torch.where(cold, token[:, 0], drawn(p, token, u))
+        p, token = likeliest(logits, temperature.masked_fill(cold, 1), top_k, top_p, min_p)
+        return torch.where(cold, token[:, 0], drawn(p, token, uniform(seed, places)))
 
 
 def logprobs_of(logits: Tensor, token: int, top: int) -> Logprobs:

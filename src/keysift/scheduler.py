@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from keysift.capacity import slots_for
-from keysift.hf.parallel import is_dealt_out, total
+from keysift.capacity import draft_cost, slots_for
+from keysift.hf.parallel import is_dealt_out, least, total
+from keysift.hf.rounds import Rounds
 from keysift.hf.served import ServedModel
 from keysift.meter import Totals
 from keysift.prefixes import Prefixes
 from keysift.requests import Delta, Request, RequestOutput
 from keysift.sampling import Sampler, logprobs_of
+from keysift.speculate import MOST, Controller
 
 
 class Room(NamedTuple):
@@ -48,8 +51,17 @@ class Scheduler:
         prefill_chunk: int | None,
         reuse_prefixes: bool,
         count_every: int,
+        gamma: int | None = None,
     ) -> None:
-        """Make room; raises ValueError where not even one sequence fits."""
+        """Make room; raises ValueError where not even one sequence fits.
+
+        Args:
+            served: the model.
+            room: for its sequences.
+            max_batch: sequences at a time.
+            eos: tokens that end an answer.
+            prefill_chunk, reuse_prefixes, count_every, gamma: as of ``LLM``.
+        """
         self.served, self.max_batch, self.prefill_chunk = served, max_batch, prefill_chunk
         self._eos, self._reuses, self._count_every = frozenset(eos), reuse_prefixes, count_every
         self.waiting: deque[Request] = deque()
@@ -58,32 +70,44 @@ class Scheduler:
         self.news: list[tuple[Request, Delta]] = []
         self._reading: int | None = None
         self._no_room_for: Request | None = None  # until another one ends
-        self._steps = 0
-        self.open(room)
+        self._steps, self._fixed_gamma = 0, gamma
         self.sampler = Sampler(max_batch, served.vocabulary, served.model.device)
+        self.open(room)
 
     def open(self, room: Room) -> None:
         """Make room for sequences; nothing may be at work."""
-        self.room = room
+        self.room, self._opened = room, False
         self.slots, self.max_length = slots_for(self.served, self.max_batch, *room)
         self.served.open(self.slots)
         chunk = self.prefill_chunk if self._reuses else None
         self.prefixes = None if chunk is None else Prefixes(self.slots, chunk)
+        self._rounds: Rounds | None = None
+        self._controller: Controller | None = None
+        if self.served.draft_method is not None:
+            self._rounds = Rounds(self.served, MOST, self.sampler.guess)
+            kind = self.served.model.device.type
+            cost = draft_cost(self.served, self.max_batch, self.max_length)
+            self._controller = Controller(cost, kind, self._fixed_gamma)
+        self._opened = True
 
-    def switch(self, prefill: Any, decode: Any, room: Room) -> None:
-        """Other methods and other room; raises as ``open``, and all is as it was then."""
+    def switch(self, prefill: Any, decode: Any, draft: Any, room: Room) -> None:
+        """Other methods and other room, without prefixes that were kept; raises as ``open``, and all else is as it was
+        then."""
         served = self.served
-        before = served.prefill_method, served.decode_method, self.room
-        if (prefill, decode, room) == before:
+        before = served.prefill_method, served.decode_method, served.draft_method, self.room
+        if (prefill, decode, draft, room) == before and self._opened:
             return
+        self._opened = False
         served.let_go()
         try:
-            served.prefill_method, served.decode_method = prefill, decode
+            served.prefill_method, served.decode_method, served.draft_method = prefill, decode, draft
             self.open(room)
-        except ValueError:
-            served.prefill_method, served.decode_method = before[:2]
-            self.open(before[2])
+        except BaseException:
+            served.prefill_method, served.decode_method, served.draft_method, room = before
+            self.open(room)
             raise
+        if served.slots.device.type == "cuda":
+            served.warm_up(metered=self._count_every == 1)
 
     @property
     def unfinished(self) -> int:
@@ -117,7 +141,7 @@ class Scheduler:
         request, slots = self.waiting[0], self.slots
         pages = -(-request.rows // slots.page)
         if self.prefixes is not None:
-            tail = max(1, self.served.decode_method.tail)  # of which the decode method wants to see the queries
+            tail = max(1, self.served.keeps_for.tail)  # of which the decode method wants to see the queries
             found = self.prefixes.find(request.prompt, request.context - tail)
             slots.begin_with(slot, found)  # theirs now, whatever has to make room
             pages -= len(found)
@@ -157,12 +181,30 @@ class Scheduler:
             return
         token = self.sampler.tokens(logits[None], [slot], [0])
         self.served.activate(slot, token[0])
-        self._take([slot], token.tolist(), logits[None])
+        self._take(slot, token.tolist(), logits[None])
 
     def _answer(self, slots: list[int]) -> None:
-        """A decode step."""
+        """A decode step, or a round of speculation."""
+        requests = [self.running[slot] for slot in slots]
+        gamma = self._gamma(requests, slots)
+        begin = time.perf_counter()
+        timed = self._speculate(slots, gamma) if gamma else self._step_all(slots)
+        if self._controller is not None and timed:
+            self._controller.note(gamma, time.perf_counter() - begin)
+
+    def _gamma(self, requests: list[Request], slots: list[int]) -> int:
+        """Tokens to draft; 0 for a plain step."""
+        rows = [self.slots.lengths[slot] for slot in slots]
+        if self._controller is None or any(n < len(r.prompt) for n, r in zip(rows, requests, strict=True)):
+            return 0  # or a question is still being read
+        gamma = self._controller.choose(request.acceptance for request in requests)
+        return least(gamma) if is_dealt_out(self.served.model) else gamma
+
+    def _step_all(self, slots: list[int]) -> bool:
+        """One more token of each; returns whether it took the time that it will take."""
         requests = [self.running[slot] for slot in slots]
         counted = self._steps % self._count_every == 0 or not all(r.counted for r in requests)
+        ready = self.served.ready(("step", counted))
         self.served.step(metered=counted)
         self._steps += 1
         for request in requests:
@@ -178,7 +220,41 @@ class Scheduler:
         else:
             all_known = self.served.ids[:, 0].tolist()
             known = [all_known[slot] for slot in slots]
-        self._take(slots, known, logits)
+        for i, (slot, token) in enumerate(zip(slots, known, strict=True)):
+            self._take(slot, [token], None if logits is None else logits[i : i + 1])
+        return ready
+
+    def _speculate(self, slots: list[int], gamma: int) -> bool:
+        """A round of speculation; returns as ``_step_all``."""
+        assert self._rounds is not None
+        requests = [self.running[slot] for slot in slots]
+        places = [0] * self.max_batch
+        for slot, request in zip(slots, requests, strict=True):
+            places[slot] = len(request.text.token_ids)
+        greedy = all(r.params.greedy for r in requests)
+        counted = self._count_every == 1
+        ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
+        every = self._rounds.run(gamma, None if greedy else places, counted)
+        which = torch.tensor(slots, device=every.device)
+        drafted, logits = self._rounds.tokens[which, 1 : gamma + 1], every[which]
+        if greedy:
+            found = logits.argmax(-1)
+        else:
+            found = self.sampler.tokens_after(logits, drafted, slots, [places[slot] for slot in slots])
+        accepted = (drafted == found[:, :-1]).long().cumprod(1).sum(1)
+        newest = self.served.ids[:, 0].clone()
+        newest[which] = found.gather(1, accepted[:, None])[:, 0]
+        known = torch.cat([found, accepted[:, None]], 1).tolist()
+        rows = [0] * self.max_batch
+        for slot, (*_, count) in zip(slots, known, strict=True):
+            rows[slot] = count + 1
+        self._rounds.keep(rows, newest)
+        for i, (slot, request, (*tokens, count)) in enumerate(zip(slots, requests, known, strict=True)):
+            request.rounds, request.accepted = request.rounds + 1, request.accepted + count
+            request.acceptance.note(count, gamma)
+            self.sampler.note(slot, tokens[: count + 1])
+            self._take(slot, tokens[: count + 1], logits[i])
+        return ready
 
     def _feed(self, slots: list[int]) -> list[int]:
         """Give slots that are still at their questions the next token of those; returns the others."""
@@ -191,23 +267,21 @@ class Scheduler:
                 answering.append(slot)
         return answering
 
-    def _take(self, slots: list[int], tokens: list[int], logits: Tensor | None) -> None:
-        """Give requests their new tokens, and end those whose last ones these are."""
-        now = time.perf_counter()
-        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
-            request = self.running[slot]
-            request.first_token = request.first_token or now
-            request.last_token = now
+    def _take(self, slot: int, tokens: list[int], logits: Tensor | None) -> None:
+        """Give a request its new tokens up to the one that ends it; ``logits`` are what they were of, ``[T, V]``."""
+        request, new = self.running[slot], ""
+        request.last_token = time.perf_counter()
+        request.first_token = request.first_token or request.last_token
+        for i, token in enumerate(tokens):
             if request.params.logprobs is not None and logits is not None:
                 request.logprobs.append(logprobs_of(logits[i], token, request.params.logprobs))
-            new = request.text.add(token)
-            reason = self._reason(request, token)
-            if reason is None:
-                self.news.append((request, Delta(request.index, new, [token], False)))
-            else:
-                out, delta = self._finish(request, reason, slot, new)
+            new += request.text.add(token)
+            if reason := self._reason(request, token):
+                out, delta = self._finish(request, reason, slot, new, tokens[: i + 1])
                 self.done.append(out)
                 self.news.append((request, delta))
+                return
+        self.news.append((request, Delta(request.index, new, tokens, False)))
 
     def _reason(self, request: Request, token: int) -> str | None:
         """Why an answer ends with a token, if it does."""
@@ -218,7 +292,9 @@ class Scheduler:
             return "eos"
         return "length" if len(request.text.token_ids) >= params.max_new_tokens else None
 
-    def _finish(self, request: Request, reason: str, slot: int | None, new: str = "") -> tuple[RequestOutput, Delta]:
+    def _finish(
+        self, request: Request, reason: str, slot: int | None, new: str = "", came: Sequence[int] = ()
+    ) -> tuple[RequestOutput, Delta]:
         """Let go of a request's slot; what came of it, and the last of its text."""
         new += request.text.end()
         read = request.meter.totals()
@@ -231,7 +307,6 @@ class Scheduler:
             del self.running[slot]
             if self._reading == slot:
                 self._reading = None
-        came = request.text.token_ids[-1:] if reason != "aborted" else []
-        if reason != "aborted" and is_dealt_out(self.served.model):  # every process counts what its heads read
-            read = Totals(*total(read))._replace(steps=read.steps)
-        return request.output(reason, read.stats()), Delta(request.index, new, came, True)
+        if is_dealt_out(self.served.model):  # every process counts what its heads read; an abort may be one's alone
+            read = Totals(*total(read))._replace(steps=read.steps) if reason != "aborted" else Totals()
+        return request.output(reason, read.stats()), Delta(request.index, new, [*came], True)

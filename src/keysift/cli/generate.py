@@ -26,6 +26,7 @@ from keysift.hf.attach import KV_DEVICES
 from keysift.methods import parse
 from keysift.offload import SELECT_DEVICES
 from keysift.sampling import SamplingParams
+from keysift.speculate import check_draft
 from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
@@ -49,6 +50,8 @@ def command(
     prompt_file: options.PromptFile = None,
     prefill: options.Prefill = "dense",
     decode: Annotated[str, option(metavar="SPEC", help="How new tokens read the past, likewise.")] = "dense",
+    draft: options.Draft = None,
+    gamma: options.Gamma = None,
     max_new_tokens: Annotated[
         int | None, option(metavar="N", show_default=f"{DEFAULT_NEW_TOKENS}, or what fits", help="When to stop.")
     ] = None,
@@ -81,11 +84,14 @@ def command(
 ) -> None:
     """Continue a prompt. The text goes to standard output as it comes, all else to standard error."""
     methods = {"prefill": parse(prefill, "prefill"), "decode": parse(decode, "decode")}
+    check_draft(None if draft is None else parse(draft, "decode"), methods["decode"], gamma)
     choice = sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, max_new_tokens)
     check_range("prefill_chunk", prefill_chunk, 1)
     one_of("kv_device", kv_device, KV_DEVICES)
     if stop and kv_device == "cpu":
         raise ValueError("--stop: not with --kv-device cpu")
+    if draft is not None and kv_device == "cpu":
+        raise ValueError("--draft: not with --kv-device cpu")
     if tensor_parallel is not None and kv_device == "cpu":
         raise ValueError("--tensor-parallel: not with --kv-device cpu")
     one_of("select_device", select_device, SELECT_DEVICES)
@@ -113,6 +119,7 @@ def command(
     else:
         compiles = (max_new_tokens or DEFAULT_NEW_TOKENS) >= COMPILED  # which takes some 15 seconds
         room: dict[str, Any] = {"max_batch": 1, "max_length": 1, "prefill_chunk": prefill_chunk}  # the prompt says more
+        methods |= {"draft": draft, "gamma": gamma}
         how: dict[str, Any] = {**methods, "device": device, "dtype": dtype, "compile_layers": compiles, "seed": seed}
         with open_llm(model, console, tensor_parallel, **room, **how) as llm:
             known = llm.model.get_input_embeddings().num_embeddings
@@ -191,6 +198,7 @@ def run(
         "tokens_per_s": out.stats.tokens_per_s,
         "prefill_density": out.stats.prefill_density,
         "kept_fraction": out.stats.kept_fraction,
+        "accepted_per_round": out.stats.accepted_per_round,
         "prompt_tokens": len(ids),
         "new_tokens": len(out.token_ids),
     }
@@ -226,6 +234,7 @@ def run_attached(
         **stream.speed(start),
         "prefill_density": measured.prefill_density,
         "kept_fraction": measured.kept_fraction,
+        "accepted_per_round": None,
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(stream.token_ids),
     }
@@ -254,4 +263,6 @@ def closing_line(out: Generation) -> str:
         f"prefill density {show('prefill_density', '{:.3f}')}",
         f"kept fraction {show('kept_fraction', '{:.3f}')}",
     ]
+    if stats["accepted_per_round"] is not None:
+        parts.append(f"{stats['accepted_per_round']:.2f} drafted tokens accepted a round")
     return "; ".join((["interrupted"] if out.interrupted else []) + parts)

@@ -13,6 +13,13 @@ Model = Annotated[
     str | None, option(metavar="PATH", show_default="the shipped pocket model", help="Model folder or hub id.")
 ]
 Prefill = Annotated[str, option(metavar="SPEC", help="How the prompt is read: name[:key=value,...].")]
+Draft = Annotated[
+    str | None,
+    option(metavar="SPEC", show_default="none", help="How tokens are drafted for self-speculation: a decode method."),
+]
+Gamma = Annotated[
+    int | None, option(metavar="N", show_default="as it pays, 0 included", help="Tokens drafted at a time, 1 to 8.")
+]
 Chat = Annotated[bool, option("--chat", help="Apply the model's chat template.")]
 Device = Annotated[str, option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
 TensorParallel = Annotated[

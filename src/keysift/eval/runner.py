@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import keysift
-from keysift.engine import LLM
+from keysift.engine import LLM, NO_DRAFT
 from keysift.eval import ruler
 from keysift.eval.data import FILES, Data
 from keysift.eval.results import Folder, Key, Record
@@ -190,6 +190,11 @@ def evaluate(
             records += [_record(step, i, (), error=reason) for i, reason in made[2].items()]
         missing = set(step.missing)
         folder.append(record for record in records if record["index"] in missing)
+        if llm.broken:
+            raise ValueError(
+                f"{step.task} failed and has ended the processes that share the model: {records[0]['error']}; it is"
+                " recorded, and the same command goes on behind it"
+            )
         on_step(step)
 
 
@@ -213,8 +218,8 @@ def _ruler_records(plan: Plan, step: Step, llm: LLM, samples: list[ruler.Sample]
     try:
         return _answer(plan, step.run, llm, samples)
     except Exception as error:  # whatever a model or a driver raises must not cost the rest of the run
-        if llm.broken:
-            raise ValueError(f"{llm.broken}: what is done is safe, and the same command continues") from error
+        if llm.broken:  # the processes that share the model are gone: `evaluate` ends
+            return [_record(step, sample.index, sample.outputs, error=_reason(error)) for sample in samples]
         _free(llm.model)
         if len(samples) > 1:
             half = len(samples) // 2
@@ -224,7 +229,8 @@ def _ruler_records(plan: Plan, step: Step, llm: LLM, samples: list[ruler.Sample]
 
 def _answer(plan: Plan, run: Run, llm: LLM, samples: list[ruler.Sample]) -> list[Record]:
     """Greedy answers to samples of one task, with what was read and how long it took."""
-    llm.switch(prefill=run.prefill, decode=run.decode, max_length=samples[0].length)
+    draft = NO_DRAFT if run.draft is None else run.draft
+    llm.switch(prefill=run.prefill, decode=run.decode, draft=draft, max_length=samples[0].length)
     records = []
     # a question has as many tokens as its own sample says
     groups = [samples] if plan.question == "sparse" else [[sample] for sample in samples]
@@ -247,7 +253,7 @@ def _answered(run: Run, sample: ruler.Sample, out: RequestOutput) -> Record:
 
 
 def _harness_model(plan: Plan, run: Run, model: Any, tokenizer: Any) -> Any:
-    """The model under one run, as lm-eval's tasks ask it."""
+    """The model under one run, as lm-eval's tasks ask it, which generate without drafts."""
     from keysift.eval.harness import quiet
     from keysift.eval.lm import KeysiftLM
 

@@ -8,21 +8,24 @@ from typing import Any, NamedTuple
 
 from keysift.eval import ruler
 from keysift.methods import describe, parse
+from keysift.speculate import check_draft
 
 PARTS = ("prefill", "decode", "draft")
 
 
 class Run(NamedTuple):
-    """One way to run the model. ``name`` spells it canonically; equal names mean equal methods."""
+    """One way to run the model; ``name`` spells it canonically, and equal names mean equal methods."""
 
     name: str
     prefill: Any
     decode: Any
+    draft: Any = None
 
     @property
     def methods(self) -> str:
         """The methods without their numbers: runs of one curve share them."""
-        names = {part: _without_numbers(describe(getattr(self, part))) for part in PARTS[:2]}
+        there = [part for part in PARTS if getattr(self, part) is not None]
+        names = {part: _without_numbers(describe(getattr(self, part))) for part in there}
         return " + ".join(f"{n} {part}" for part, n in names.items() if n != "dense") or "dense"
 
 
@@ -36,7 +39,7 @@ def parse_run(text: str) -> Run:
     """A run from ``prefill=SPEC;decode=SPEC;draft=SPEC``, dense where a part is left out; "dense" or "" means dense.
 
     Raises:
-        ValueError: unknown part, SPEC or option; a draft, which this version cannot run.
+        ValueError: unknown part, SPEC or option; a draft beside a sparse decode method.
     """
     specs: dict[str, str] = {}
     for piece in filter(None, (p.strip() for p in text.split(";"))):
@@ -50,13 +53,13 @@ def parse_run(text: str) -> Run:
         specs[part] = spec
     try:
         prefill, decode = parse(specs.get("prefill", "dense"), "prefill"), parse(specs.get("decode", "dense"), "decode")
-        draft = parse(specs.get("draft", "dense"), "decode")
+        draft = parse(specs["draft"], "decode") if "draft" in specs else None
+        check_draft(draft, decode, None)
     except ValueError as error:
         raise ValueError(f"--run '{text}': {error}") from None
-    if describe(draft) != "dense":
-        raise ValueError(f"--run '{text}': this version has no speculative decoding; leave draft= out")
     named = [f"{p}={describe(m)}" for p, m in (("prefill", prefill), ("decode", decode)) if describe(m) != "dense"]
-    return Run(";".join(named) or "dense", prefill, decode)
+    named += [] if draft is None else [f"draft={describe(draft)}"]
+    return Run(";".join(named) or "dense", prefill, decode, draft)
 
 
 def parse_runs(texts: Iterable[str]) -> list[Run]:

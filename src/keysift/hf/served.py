@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
 from keysift.hf.paged import captured
 from keysift.hf.parallel import first_head, is_dealt_out, least
+from keysift.hf.slots_cache import SlotsCache
 from keysift.meter import Meter, StepMeter
 from keysift.methods import dense
 from keysift.ops.dense import dense_attention
@@ -35,47 +35,10 @@ NO_WINDOW = 0
 OF_LONGEST = {"dynamic", "longrope"}  # whose frequencies depend on the longest sequence of a batch
 DENSE = dense.Method()
 log = logging.getLogger(__name__)
+Attention = Callable[[int, Tensor, Tensor, Tensor, int | None, float], Tensor]
 
 _served: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
-
-
-class Nothing(CacheLayerMixin):
-    """A layer of ``SlotsCache``: transformers asks the cache, and the cache keeps nothing."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        return None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-
-class SlotsCache(Cache):
-    """What a model is given as its cache: new keys and values go to attention as they are, and are written there."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[Nothing() for _ in range(layers)])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 class Shape(NamedTuple):
@@ -119,6 +82,7 @@ class ServedModel:
         ids: newest token of each slot, which the next step reads, int64 ``[slots, 1]``.
         logits: of the token after it, as the last step found them, fp32 ``[slots, vocabulary]``.
         meter: counts what metered steps read.
+        plain_steps: how many steps there were.
         graphed: whether a step is the replay of a graph; None before the first one.
         compiled: whether layers are compiled; None before the first step.
     """
@@ -132,6 +96,7 @@ class ServedModel:
         compile_layers: bool = True,
         shared: int | None = None,
         measure_error: bool = False,
+        draft: Decode | None = None,
     ) -> None:
         """Take over a model's attention, until ``close``; ``open`` comes before anything is read.
 
@@ -142,6 +107,7 @@ class ServedModel:
                 own code does.
             shared: rows with which prompts that share pages begin alike; None if they share none.
             measure_error: also compute dense attention, in steps that are metered.
+            draft: method that drafts in ``Rounds``, for which side data are kept then.
 
         Raises:
             ValueError: a model that cannot be served correctly; says why.
@@ -153,7 +119,8 @@ class ServedModel:
         if "_keysift" in model.__dict__:
             raise ValueError(f"this {type(model).__name__} is attached: call keysift.detach(model) first")
         self.model, self.seed, self.shared, self.measure_error = model, seed, shared, measure_error
-        self.prefill_method, self.decode_method = prefill, decode
+        self.prefill_method, self.decode_method, self.draft_method = prefill, decode, draft
+        self._attention: Attention | None = None  # instead of a decode step's
         self.cache = SlotsCache(model.config.get_text_config(decoder=True).num_hidden_layers)
         self._layers = decoder_layers(model) if compile_layers and model.device.type == "cuda" else []
         self._number = next(_numbers)
@@ -191,21 +158,23 @@ class ServedModel:
         if len(slots) > 1 and (kinds := rope_types(self.model) & OF_LONGEST):
             raise ValueError(
                 f"the RoPE of this {type(self.model).__name__} ({kinds.pop()}) depends on the longest sequence of a"
-                " batch: choose max_batch=1"
+                " batch: one sequence at a time then, max_batch=1 or --batch 1"
             )
         device, self.slots = slots.device, slots
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of steps that are metered and of those that are not
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._tried: set[Any] = set()  # names of graphs
         self.stores = [Store.in_pages(slots, *shape) for shape in self.shapes]
         self.ids = torch.zeros(len(slots), 1, dtype=torch.int64, device=device)
         self.logits = torch.zeros(len(slots), self.vocabulary, device=device)
-        self.meter = StepMeter(len(slots), device, self.measure_error)
         self.graphed: bool | None = None
         self.compiled: bool | None = None
         self._one = torch.ones(len(slots), dtype=torch.int64, device=device)
         self._idle = torch.ones_like(self._one)  # 1 where a slot takes no part in steps
+        self.meter = StepMeter(self._idle, self.measure_error)
         self._active = [False] * len(slots)
         self._reading: Reading | None = None
-        self._metering = self._metered_tried = False
+        self._metering = False
+        self.plain_steps = 0
         self._tails: dict[int, Tensor] = {}  # last queries of the prompt that is being read, by layer
 
     def let_go(self) -> None:
@@ -270,12 +239,13 @@ class ServedModel:
         ctx = self._ctx[layer]._replace(scale=scale, positions=kv.length - 1)
         method = DENSE if dense or window is not None else self.prefill_method
         out = path.prefill(q, kv, method, ctx, meter if window is None else Meter(), window=window)[0]
-        if window is None and self.decode_method != DENSE and layer not in self.decode_method.dense_layers:
-            tail = self.decode_method.tail
+        keeper = self.keeps_for
+        if window is None and keeper != DENSE and layer not in keeper.dense_layers:
+            tail = keeper.tail
             newest = torch.cat([self._tails[layer], q], 1) if layer in self._tails else q
             newest = newest[:, max(0, newest.shape[1] - tail) :]
             if last:
-                store.begin(self.decode_method, newest, ctx._replace(shared=self.shared), which)
+                store.begin(keeper, newest, ctx._replace(shared=self.shared), which)
             else:
                 self._tails[layer] = newest.clone()
                 store.wait(which)
@@ -309,36 +279,72 @@ class ServedModel:
         Each active slot must have a row reserved. With ``metered`` what is read is counted, which on a GPU takes a
         graph of its own and a little longer.
         """
-        reading, self._reading = self._reading, None
+        self.run(("step", metered), self._step, metered)
+        self.slots.note([int(x) for x in self._active])
+        self.plain_steps += 1
+
+    def run(self, name: Any, body: Callable[[], None], metered: bool = False) -> None:
+        """Have decode steps computed; on a GPU by replaying a graph, which is captured when its name is new."""
+        reading, self._reading, self._metering = self._reading, None, metered
         try:
             with on_device(self.slots.device):
-                if self.graphed is None and self.slots.device.type == "cuda":
-                    self._prepare()
-                self._metering = metered
-                if self.graphed and metered and not self._metered_tried:
-                    self._prepare_metered()
-                graph = self._graphs.get(metered)
-                graph.replay() if graph is not None else self._step()
-            self.slots.note([int(x) for x in self._active])
+                self._make_ready(name, body)
+                graph = self._graphs.get(name)
+                graph.replay() if graph is not None else body()
         except BaseException:
             self.slots.take_back()  # of idle slots too
             raise
         finally:
             self._reading, self._metering = reading, False
 
+    def warm_up(self, metered: bool) -> None:
+        """Compile and capture a step before any is needed; the slots must be empty."""
+        self._metering = metered
+        try:
+            with on_device(self.slots.device):
+                self._make_ready(("step", metered), self._step)
+        finally:
+            self._metering = False
+
+    @property
+    def metering(self) -> StepMeter | None:
+        """What counts the step at hand."""
+        return self.meter if self._metering else None
+
+    @property
+    def keeps_for(self) -> Decode:
+        """The method for which side data are kept."""
+        return self.decode_method if self.draft_method is None else self.draft_method
+
+    def ready(self, name: Any) -> bool:
+        """Whether what ``run`` does under a name needs no preparation any more."""
+        return self.slots.device.type != "cuda" or name in self._tried
+
+    def ctx(self, layer: int, scale: float) -> Ctx:
+        """Of a decode step."""
+        return self._ctx[layer]._replace(scale=scale, positions=self.slots.positions)
+
     def _step(self) -> None:
         slots = self.slots
-        with slots.unknown_lengths(slots.capacity), self._compiled():
+        with slots.unknown_lengths(slots.capacity), self.compiled_layers():
             slots.append(self._one)
-            self._forward()
+            self.logits.copy_(self.forward(self.ids, self._decode)[:, -1])
+            self.ids.copy_(self.logits.argmax(-1, keepdim=True))
             slots.length -= self._idle
 
-    def _forward(self) -> None:
-        position = (self.slots.length - 1).clamp(min=0)[:, None]
-        with torch.no_grad():
-            out = self.model(input_ids=self.ids, position_ids=position, past_key_values=self.cache, use_cache=True)
-            self.logits.copy_(out.logits[:, -1])
-            self.ids.copy_(self.logits.argmax(-1, keepdim=True))
+    def forward(self, ids: Tensor, attention: Attention) -> Tensor:
+        """Logits of the newest tokens ``ids``, ``[slots, T]``, whose rows the slots have counted; ``[slots, T, V]``."""
+        tokens = ids.shape[1]
+        position = self.slots.length[:, None] - tokens + torch.arange(tokens, device=ids.device)
+        self._attention = attention
+        try:
+            with torch.no_grad():
+                out = self.model(
+                    input_ids=ids, position_ids=position.clamp(min=0), past_key_values=self.cache, use_cache=True
+                )
+        finally:
+            self._attention = None
+        return out.logits
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of a decode step."""
@@ -346,9 +352,7 @@ class ServedModel:
         store.write(k, v)
         if window is not None:
             return dense_attention(q, store.view(), scale, window)
-        ctx = self._ctx[layer]._replace(scale=scale, positions=self.slots.positions)
-        meter: Any = self.meter if self._metering else None
-        return path.decode(q[:, 0], store, self.decode_method, ctx, meter)[0][:, None]
+        return path.decode(q[:, 0], store, self.decode_method, self.ctx(layer, scale), self.metering)[0][:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of what the model computes now, ``[B, T, H, D]``; k and v are the new rows."""
@@ -356,24 +360,26 @@ class ServedModel:
             self.chooses = self.chooses or window is None
             self._probed[layer] = Shape(k.shape[2], k.shape[3], v.shape[3], k.dtype)
             return v.new_zeros(*q.shape[:3], v.shape[3])
-        reads = self._read if self._reading is not None else self._decode
-        return reads(layer, q, k, v, window, scale)
+        attention = self._attention or self._read
+        return attention(layer, q, k, v, window, scale)
 
     # ---- compilation and graphs -------------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """Compile and capture a step; what cannot be is left as it is, with a line in the log."""
+    def _make_ready(self, name: Any, body: Callable[[], None]) -> None:
+        """On a GPU compile layers and capture what ``body`` does, each once; what cannot be is left as it is, with a
+        line in the log."""
+        if self.slots.device.type != "cuda" or name in self._tried or self.graphed is False:
+            return
+        self._tried.add(name)
         with self._nothing_said():
-            self.compiled = bool(self._layers) and self._try("compile", self._compile)
-            if not self.compiled:
-                self._layers = []
-            self.graphed = self._try("capture", self._capture)
-
-    def _prepare_metered(self) -> None:
-        """Capture a step that is counted."""
-        self._metered_tried = True
-        with self._nothing_said():
-            self._try("capture", self._capture)
+            if self.compiled is None:
+                self.compiled = bool(self._layers) and self._try("compile", self._compile)
+                if not self.compiled:
+                    self._layers = []
+            worked = self._try("capture", lambda: self._capture(name, body))
+        if not worked:
+            self._graphs.pop(name, None)
+        self.graphed = worked if self.graphed is None else self.graphed
 
     @contextmanager
     def _nothing_said(self) -> Iterator[None]:
@@ -398,7 +404,6 @@ class ServedModel:
         if is_dealt_out(self.model):  # all processes have to do the same
             worked = least(int(worked)) == 1
         if not worked:
-            self._graphs.pop(self._metering, None)
             self.slots.take_back()
         return worked
 
@@ -419,7 +424,7 @@ class ServedModel:
         self.slots.take_back()
 
     @contextmanager
-    def _compiled(self) -> Iterator[None]:
+    def compiled_layers(self) -> Iterator[None]:
         """Layers are compiled within it: prompts, of any length, are read by the model's own code."""
         config = torch._dynamo.config
         with config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
@@ -431,8 +436,8 @@ class ServedModel:
                 for layer in self._layers:
                     layer._compiled_call_impl = None
 
-    def _capture(self) -> None:
-        self._graphs[self._metering] = captured(self._step, self.slots, beside=self._graphs.get(not self._metering))
+    def _capture(self, name: Any, body: Callable[[], None]) -> None:
+        self._graphs[name] = captured(body, self.slots, beside=next(iter(self._graphs.values()), None))
 
 
 def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: str) -> None:
