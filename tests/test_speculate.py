@@ -208,7 +208,7 @@ def cheap(gamma):
 def test_drafting_pays_where_drafts_are_cheap_and_accepted(acceptance):
     chosen, speed = used(Controller(0.3, "cuda"), acceptance, 4000, cheap)
     best = max(tokens_of_round(g, acceptance) / cheap(g) for g in range(1, MOST + 1))
-    assert speed > 0.93 * best and 10 < chosen.count(0) < 200  # now and then a plain step is timed again
+    assert speed > 0.93 * best and 10 < chosen.count(0) < 800  # now and then a plain step is timed again
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3])
