@@ -914,3 +914,37 @@ def test_a_switch_to_what_does_not_fit_leaves_all_as_it_was():
             llm.switch(decode=DECODE["signbits"], max_length=400)
         assert llm.max_length == 100
         assert llm.generate(ids(80), new(9))[0].token_ids == before
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_switch_that_is_interrupted_can_be_made_again(error, monkeypatch):
+    with engine() as llm:
+        expected = llm.generate(ids(80), new(9))[0].token_ids
+        opened = llm.served.open
+        with monkeypatch.context() as patch:
+            calls = []
+
+            def once(slots):
+                calls.append(slots)
+                if len(calls) == 1:
+                    raise error("not now")
+                opened(slots)
+
+            patch.setattr(llm.served, "open", once)
+            with pytest.raises(error):
+                llm.switch(decode=DECODE["quest"])
+        assert llm.generate(ids(80), new(9))[0].token_ids == expected
+        llm.switch(decode=DECODE["quest"])
+        assert llm.generate(ids(80), new(9))[0].stats.kept_fraction < 0.9
+
+
+@pytest.mark.parametrize("method", ["signbits", "quest", "snapkv"])
+def test_what_an_answer_read_does_not_depend_on_steps_while_its_prompt_was_read(method):
+    found = []
+    for others in (0, 1):
+        with engine(decode=DECODE[method], prefill_chunk=PAGE, max_batch=2, measure_error=True) as llm:
+            for i in range(others):
+                llm.submit(ids(30, i + 1), new(40))
+            found.append(llm.generate(ids(90), new(9))[0].stats)
+    for field in ("kept_fraction", "bytes_per_step", "decode_error"):
+        assert getattr(found[0], field) == pytest.approx(getattr(found[1], field), rel=1e-4), field

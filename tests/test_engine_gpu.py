@@ -86,6 +86,7 @@ def test_sampled_requests_get_the_tokens_they_get_alone(decode):
 
 
 def test_every_answer_says_what_it_read_and_a_counted_step_gives_the_same_tokens():
+    tiny.cache_clear()  # other tests have moved it
     prompts, params = random_prompts(9), SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     options = {"decode": "quest:keep=0.3,page=4,window=8,dense_layers=none,dense_below=0", "page": 16}
     with LLM(tiny("qwen3"), max_batch=1, max_length=160, **options) as llm:
@@ -100,6 +101,22 @@ def test_every_answer_says_what_it_read_and_a_counted_step_gives_the_same_tokens
         assert all_steps.stats.kept_fraction == pytest.approx(expected.stats.kept_fraction, rel=1e-3)
         assert all_steps.stats.bytes_per_step == pytest.approx(expected.stats.bytes_per_step, rel=1e-3)
         assert some.stats.kept_fraction == pytest.approx(expected.stats.kept_fraction, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "draft", ["dense", "quest:keep=0.3,page=4,window=8,dense_below=0", "snapkv:budget=30,window=8"]
+)
+def test_rounds_of_speculation_are_graphs_and_give_greedy_tokens_of_plain_steps(draft):
+    tiny.cache_clear()
+    model, prompts = tiny("qwen3").cuda(), random_prompts(12)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 5, NEW, 60) * 3]
+    with LLM(model, max_batch=4, max_length=200, page=16) as llm:
+        expected = [x.token_ids for x in llm.generate(prompts, params)]
+    for gamma in (3, None):
+        with LLM(model, draft=draft, gamma=gamma, max_batch=4, max_length=200, page=16) as llm:
+            assert [x.token_ids for x in llm.generate(prompts, params)] == expected
+            assert llm.served.compiled and llm.served.graphed
+            assert gamma is None or any(name[0] == "round" for name in llm.served._graphs)
 
 
 def test_an_engine_switches_methods_and_lengths_between_graphs():

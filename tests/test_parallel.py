@@ -81,6 +81,9 @@ def test_processes_started_here_do_the_same_until_one_dies(folders):
     llm = LLM(path, device="cpu", max_batch=2, max_length=1024, tensor_parallel=2)
     worker = llm._ranks._workers._processes[0]
     try:
+        llm.switch(draft="quest:keep=0.3,page=4,window=8,dense_below=0")
+        assert [x.token_ids for x in llm.generate(PROMPTS, params)] == expected
+        llm.switch(draft="none")
         assert [x.token_ids for x in llm.generate(PROMPTS, params)] == expected
         with pytest.raises(KeyError, match="mine"):  # an error of the caller's is the caller's
             llm.generate(PROMPTS, params, on_text=lambda delta: {}["mine"])

@@ -9,7 +9,7 @@ import keysift
 from keysift import LLM, SamplingParams
 from keysift.sampling import likeliest
 from keysift.speculate import MOST, Acceptance, Controller, tokens_of_round
-from tests.tiny_models import MODELS, SIZES, tiny
+from tests.tiny_models import MODELS, SIZES, prompt, tiny
 
 DRAFTS = {
     "dense": "dense",
@@ -250,3 +250,56 @@ def test_bad_drafts_are_refused(options, message):
         LLM(tiny(NAME), **options)
     with keysift.attach(tiny(NAME)):
         pass  # the model is free again
+
+
+# ---- generate() of transformers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"eos_token_id": [5, 17, 33], "pad_token_id": 2}])
+def test_custom_generate_gives_what_generate_gives(name, options):
+    model, inputs = tiny(name), prompt(70, (0, 13, 41))
+    greedy = {"max_new_tokens": 19, "do_sample": False, **options}
+    expected = model.generate(**inputs, **greedy)
+    for extra in ({}, {"draft": DRAFTS["quest"], "gamma": 3}):
+        found = model.generate(**inputs, **greedy, custom_generate=keysift.self_speculate, **extra)
+        assert torch.equal(found, expected)
+    assert model.config._attn_implementation != "keysift-slots"
+
+
+def test_custom_generate_samples_by_torchs_seed_and_streams():
+    model, inputs = tiny("qwen3"), prompt(40)
+    arguments = {**inputs, "max_new_tokens": 12, "do_sample": True, "temperature": 1.3, "top_k": 20}
+    told = []
+
+    class Streamer:
+        def put(self, tokens):
+            told.append(tokens.flatten().tolist())
+
+        def end(self):
+            told.append("end")
+
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(model.generate(**arguments, custom_generate=keysift.self_speculate, gamma=2)[0].tolist())
+    assert found[0] == found[1] != found[2]
+    torch.manual_seed(1)
+    model.generate(**arguments, custom_generate=keysift.self_speculate, gamma=2, streamer=Streamer())
+    assert told[-1] == "end" and [token for part in told[:-1] for token in part] == found[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "does not take num_beams=2"),
+        ({"no_repeat_ngram_size": 2}, "does not take NoRepeatNGramLogitsProcessor"),
+        ({"max_time": 1.0}, "does not take MaxTimeCriteria"),
+        ({"return_dict_in_generate": True}, "does not take return_dict_in_generate"),
+        ({"gamma": 0}, "gamma=0: choose 1 to 8"),
+    ],
+)
+def test_custom_generate_refuses_what_it_cannot_do(options, message):
+    model = tiny("qwen3")
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompt(20), max_new_tokens=3, custom_generate=keysift.self_speculate, **options)

@@ -1,5 +1,6 @@
 """Long-context LLM inference that reads fewer keys: sparse attention for any Hugging Face decoder."""
 
+from keysift.custom_generate import self_speculate
 from keysift.engine import LLM
 from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention, prefill_attention_varlen
 from keysift.hf import Attachment, KVCache, attach, detach, patch_model
@@ -22,4 +23,5 @@ __all__ = [
     "patch_model",
     "prefill_attention",
     "prefill_attention_varlen",
+    "self_speculate",
 ]

@@ -256,6 +256,13 @@ def test_two_processes_that_share_the_model_give_the_results_of_one(tmp_path, fi
     assert code == 2 and "tensor_parallel: 2 there, None here" in err
 
 
+def test_drafts_answer_as_dense_decoding_does(tmp_path, finished, capsys):
+    assert run([*QUICK, "--run", "draft=snapkv:budget=256", "--out", tmp_path], capsys)[0] == 0
+    found = [x[1:] for x in scores(tmp_path)]
+    assert found == [x[1:] for x in scores(finished[0]) if x[0] == "dense"]
+    assert {r["run"] for r in read_records(tmp_path)} == {"draft=snapkv:budget=256"}
+
+
 def test_shards_share_a_folder_and_do_everything_once(tmp_path, finished, capsys):
     folder, _, _ = finished
     for i in range(2):
@@ -313,7 +320,7 @@ BAD = [
     (["--run", "prefill=flexprefil"], "prefill method 'flexprefil' unknown"),
     (["--run", "decode=topk;decode=topk"], "decode stands there twice"),
     (["--run", "speed=fast"], "write prefill=SPEC;decode=SPEC;draft=SPEC"),
-    (["--run", "draft=snapkv"], "no speculative decoding"),
+    (["--run", "draft=snapkv;decode=quest"], "drafts are checked against all keys"),
     (["--run", "draft=nothing"], "decode method 'nothing' unknown"),
     (["--tasks", "lm:ruler_vt", "--question", "dense"], "--question dense is for RULER's own tasks"),
     (["--tasks", "lm:ruler_tv"], "ruler_vt"),
