@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import keysift
 from keysift import LLM, SamplingParams
@@ -284,9 +285,10 @@ def test_custom_generate_samples_by_torchs_seed_and_streams():
         torch.manual_seed(seed)
         found.append(model.generate(**arguments, custom_generate=keysift.self_speculate, gamma=2)[0].tolist())
     assert found[0] == found[1] != found[2]
+    config = GenerationConfig(max_length=52, do_sample=True, temperature=1.3, top_k=20, eos_token_id=None)
     torch.manual_seed(1)
-    model.generate(**arguments, custom_generate=keysift.self_speculate, gamma=2, streamer=Streamer())
-    assert told[-1] == "end" and [token for part in told[:-1] for token in part] == found[0]
+    keysift.self_speculate(model, inputs["input_ids"], generation_config=config, gamma=2, streamer=Streamer())
+    assert told[-1] == "end" and [token for part in told[:-1] for token in part] == found[0][40:]
 
 
 @pytest.mark.parametrize(

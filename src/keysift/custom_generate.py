@@ -49,7 +49,7 @@ def self_speculate(
         draft: SPEC of a decode method that drafts.
         gamma: tokens drafted at a time, 1 to 8; None has it chosen.
         prefill: SPEC of how prompts are read.
-        streamer: of transformers, for one prompt.
+        streamer: of transformers, for one prompt; ``generate`` of transformers 5.23 does not pass it on.
         **kwargs: of the model; ``attention_mask``, int64 ``[B, T]``, is 0 for padding.
 
     Returns:

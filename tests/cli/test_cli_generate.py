@@ -22,7 +22,15 @@ from .conftest import CONTEXT, Result, byte_tokenizer, with_template
 
 Cli = Callable[..., Result]
 PROMPT = "the quick brown fox jumps over the lazy dog. " * 20
-STATS = {"ttft_s", "tokens_per_s", "prefill_density", "kept_fraction", "prompt_tokens", "new_tokens"}
+STATS = {
+    "ttft_s",
+    "tokens_per_s",
+    "prefill_density",
+    "kept_fraction",
+    "accepted_per_round",
+    "prompt_tokens",
+    "new_tokens",
+}
 
 
 def json_of(result: Result) -> dict:
@@ -208,3 +216,20 @@ def test_a_closed_pipe_ends_the_process_without_a_word(folders: dict[str, Path])
         err = child.stderr.read()
         child.wait(timeout=60)
     assert (child.returncode, err) == (1, b"")
+
+
+def test_drafted_text_is_that_of_dense_decoding(cli: Cli, folders: dict[str, Path]) -> None:
+    args = ["generate", "--model", folders["model"], "--prompt", PROMPT, "--max-new-tokens", 30, "--json"]
+    dense = json_of(cli(*args))
+    for more in (["--gamma", 3], []):
+        out = json_of(cli(*args, "--draft", "streaming:sinks=2,window=4,dense_below=0", *more))
+        assert out["token_ids"] == dense["token_ids"] and out["text"] == dense["text"]
+        assert not more or 0 <= out["stats"]["accepted_per_round"] <= 3
+    assert "drafted tokens accepted a round" in cli(*args[:-1], "--draft", "dense", "--gamma", 2).err
+    for wrong, message in (
+        (["--gamma", 3], "gamma=3: needs a draft"),
+        (["--draft", "quest", "--decode", "quest"], "drafts are checked against all keys"),
+        (["--draft", "quest", "--kv-device", "cpu"], "--draft: not with --kv-device cpu"),
+    ):
+        result = cli(*args, *wrong)
+        assert result.code == 2 and message in result.err
