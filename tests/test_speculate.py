@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 import keysift
 from keysift import LLM, SamplingParams
@@ -225,6 +227,38 @@ def test_what_was_assumed_gives_way_to_what_is_measured():
     assert used(Controller(0.2, "cuda"), 1.0, 1000, lambda gamma: 3.0 * gamma or 1.0)[1] > 0.98
 
 
+def test_a_round_that_was_slow_by_chance_is_tried_again():
+    slow = [True]
+
+    def seconds(gamma):
+        return cheap(gamma) * (10 if gamma and slow and slow.pop() else 1)
+
+    chosen, speed = used(Controller(0.3, "cuda"), 0.95, 4000, seconds)
+    assert chosen.count(0) < 500 and speed > 1.4
+
+
+def test_drafts_count_what_they_read_and_plain_steps_do_not():
+    prompts, params = [ids(90, n) for n in range(3)], SamplingParams(max_new_tokens=30)
+    for every in (1, 64):
+        found = answers(
+            tiny(NAME), prompts, params, draft=DRAFTS["quest"], gamma=3, count_every=every, measure_error=True
+        )
+        assert all(0.2 < x.stats.kept_fraction < 0.8 and x.stats.decode_error is None for x in found)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_position_is_refused(kind):
+    model = tiny(NAME)
+    config = model.config.get_text_config()
+    before = config.rope_parameters
+    config.rope_parameters = {**before, "rope_type": kind}
+    try:
+        with LLM(model, max_batch=1, max_length=160) as llm, pytest.raises(ValueError, match="leave draft out"):
+            llm.switch(draft="streaming")
+    finally:
+        config.rope_parameters = before
+
+
 def test_a_fixed_number_is_always_drafted():
     assert used(Controller(1.0, "cpu", fixed=5), 0.0, 9, lambda gamma: 9.0)[0] == [5] * 9
 
@@ -299,6 +333,9 @@ def test_custom_generate_samples_by_torchs_seed_and_streams():
         ({"max_time": 1.0}, "does not take MaxTimeCriteria"),
         ({"return_dict_in_generate": True}, "does not take return_dict_in_generate"),
         ({"gamma": 0}, "gamma=0: choose 1 to 8"),
+        ({"stopping_criteria": [EosTokenCriteria(7)]}, "does not take EosTokenCriteria"),
+        ({"logits_processor": [RepetitionPenaltyLogitsProcessor(3.0)]}, "does not take RepetitionPenaltyLogits"),
+        ({"do_sample": True, "top_k": 0, "logits_processor": [TopKLogitsWarper(1)]}, "does not take TopKLogitsWarper"),
     ],
 )
 def test_custom_generate_refuses_what_it_cannot_do(options, message):

@@ -15,13 +15,13 @@ from keysift.requests import Delta
 from keysift.sampling import SamplingParams
 
 COMPILED = 2048  # new tokens from which on compiling a GPU's steps pays
-SETTINGS = (
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-)
+SETTINGS = {  # the number of each, and what the config calls it
+    logits_process.TemperatureLogitsWarper: ("temperature", "temperature"),
+    logits_process.TopKLogitsWarper: ("top_k", "top_k"),
+    logits_process.TopPLogitsWarper: ("top_p", "top_p"),
+    logits_process.MinPLogitsWarper: ("min_p", "min_p"),
+    logits_process.RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
+}
 
 
 def self_speculate(
@@ -49,7 +49,7 @@ def self_speculate(
         draft: SPEC of a decode method that drafts.
         gamma: tokens drafted at a time, 1 to 8; None has it chosen.
         prefill: SPEC of how prompts are read.
-        streamer: of transformers, for one prompt; ``generate`` of transformers 5.23 does not pass it on.
+        streamer: of transformers, for one prompt, which ``generate`` has told it; up to 5.23 it does not pass it on.
         **kwargs: of the model; ``attention_mask``, int64 ``[B, T]``, is 0 for padding.
 
     Returns:
@@ -67,7 +67,7 @@ def self_speculate(
     mask = torch.ones_like(input_ids) if given is None else given
     prompts = [row[keep > 0].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     ends = config.eos_token_id
-    params = _params(config, _longest(config, stopping_criteria) - width, ends)
+    params = _params(config, _longest(config, stopping_criteria, width) - width, ends)
     seeds = torch.randint(2**62, (batch,)).tolist()
     each = [SamplingParams(**params, seed=seed) for seed in seeds]
 
@@ -87,8 +87,8 @@ def self_speculate(
 
 
 def _refuse(config: GenerationConfig, processors: Any, criteria: Any, cache: Any) -> None:
-    wrong = [type(x).__name__ for x in processors if not isinstance(x, SETTINGS)]
-    wrong += [type(x).__name__ for x in criteria if not isinstance(x, (EosTokenCriteria, MaxLengthCriteria))]
+    wrong = [type(x).__name__ for x in processors if not _says(x, config)]
+    wrong += [type(x).__name__ for x in criteria if not _ends(x, config)]
     wrong += [f"{name}={x}" for name in ("num_beams", "num_return_sequences") if (x := getattr(config, name) or 1) != 1]
     wrong += ["return_dict_in_generate"] if config.return_dict_in_generate else []
     wrong += ["past_key_values with tokens in them"] if cache is not None and cache.get_seq_length() else []
@@ -96,9 +96,30 @@ def _refuse(config: GenerationConfig, processors: Any, criteria: Any, cache: Any
         raise ValueError(f"self_speculate does not take {', '.join(wrong)}: leave that out, or custom_generate")
 
 
-def _longest(config: GenerationConfig, criteria: Any) -> int:
-    """Tokens of a row, the prompt's included."""
+def _says(processor: Any, config: GenerationConfig) -> bool:
+    """Whether the config says what a processor does."""
+    ignored = getattr(processor, "prompt_ignore_length", None)  # a tensor is the padding, which we leave out anyway
+    if type(processor) not in SETTINGS or isinstance(ignored, int):
+        return False
+    own, name = SETTINGS[type(processor)]
+    return bool(getattr(processor, own) == getattr(config, name, None))
+
+
+def _ends(criterion: Any, config: GenerationConfig) -> bool:
+    """Whether the config says when a criterion ends answers."""
+    if isinstance(criterion, EosTokenCriteria):
+        ends = config.eos_token_id
+        return {*criterion.eos_token_id.tolist()} == {*(ends if isinstance(ends, list) else [ends])}
+    return isinstance(criterion, MaxLengthCriteria)
+
+
+def _longest(config: GenerationConfig, criteria: Any, width: int) -> int:
+    """Tokens of a row, the prompt's ``width`` included."""
     known = [x.max_length for x in criteria if isinstance(x, MaxLengthCriteria)]
+    if not known and config.max_new_tokens is not None:
+        known = [width + config.max_new_tokens]
+    if not known and config.max_length is None:
+        raise ValueError("self_speculate: how many tokens? give max_new_tokens")
     return int(min(known) if known else config.max_length)
 
 

@@ -116,11 +116,12 @@ class Scheduler:
 
     def step(self) -> None:
         """Read a part of a prompt if one waits and a slot is free, and have one more token of every answer."""
-        if self._reading is not None or self._admit():
+        reads = self._reading is not None or self._admit()
+        if reads:
             self._read()
         answering = [slot for slot in self.running if slot != self._reading]
         if answering:
-            self._answer(sorted(answering))
+            self._answer(sorted(answering), alone=not reads)
 
     def abort(self, index: int) -> tuple[Request, RequestOutput, Delta] | None:
         """End a request now; None if it is not at work."""
@@ -183,13 +184,13 @@ class Scheduler:
         self.served.activate(slot, token[0])
         self._take(slot, token.tolist(), logits[None])
 
-    def _answer(self, slots: list[int]) -> None:
-        """A decode step, or a round of speculation."""
+    def _answer(self, slots: list[int], alone: bool) -> None:
+        """A decode step, or a round of speculation; what reads beside it may still be at work on a GPU."""
         requests = [self.running[slot] for slot in slots]
         gamma = self._gamma(requests, slots)
         begin = time.perf_counter()
         timed = self._speculate(slots, gamma) if gamma else self._step_all(slots)
-        if self._controller is not None and timed:
+        if self._controller is not None and timed and alone:
             self._controller.note(gamma, time.perf_counter() - begin)
 
     def _gamma(self, requests: list[Request], slots: list[int]) -> int:
@@ -204,6 +205,7 @@ class Scheduler:
         """One more token of each; returns whether it took the time that it will take."""
         requests = [self.running[slot] for slot in slots]
         counted = self._steps % self._count_every == 0 or not all(r.counted for r in requests)
+        counted &= self._rounds is None  # what is counted is what drafts read
         ready = self.served.ready(("step", counted))
         self.served.step(metered=counted)
         self._steps += 1
@@ -232,9 +234,8 @@ class Scheduler:
         for slot, request in zip(slots, requests, strict=True):
             places[slot] = len(request.text.token_ids)
         greedy = all(r.params.greedy for r in requests)
-        counted = self._count_every == 1
-        ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
-        every = self._rounds.run(gamma, None if greedy else places, counted)
+        ready = self.served.ready(self._rounds.name(gamma, not greedy))
+        every = self._rounds.run(gamma, None if greedy else places)
         which = torch.tensor(slots, device=every.device)
         drafted, logits = self._rounds.tokens[which, 1 : gamma + 1], every[which]
         if greedy:
@@ -300,7 +301,10 @@ class Scheduler:
         read = request.meter.totals()
         if slot is not None:
             self._no_room_for = None
-            read = read.plus(self.served.meter.totals(slot))
+            of_steps = self.served.meter.totals(slot)
+            if self._rounds is not None:  # whose errors nobody sees
+                of_steps = of_steps._replace(decode_error=0.0, decode_errors=0.0)
+            read = read.plus(of_steps)
             self.served.deactivate(slot)
             self.sampler.end(slot)
             self.slots.free(slot)

@@ -20,7 +20,7 @@ PRIOR = 0.75  # acceptance that is assumed before any is known
 WEIGHT = 4.0  # in tokens, of what was assumed
 FADES = 0.98  # a round, of what was seen
 SLOWER = {"cuda": 0.05, "cpu": 0.35}  # what a token more adds to a pass, as a share of a step, before it is measured
-AGAIN = 256  # rounds or steps after which what was not chosen is measured again
+AGAIN = 256  # rounds after which a plain step is timed again, and steps after which drafting is tried again
 WORTH = 1.03  # times plain decoding's speed that a round has to promise
 
 
@@ -81,6 +81,7 @@ class Controller:
     _batch: int = 0
     _was: bool = False  # whether something was drafted the last time
     _alike: int = 0  # choices in a row that were alike in that
+    _patience: int = AGAIN  # plain steps until drafting is tried again, twice as many each time that it does not pay
 
     def choose(self, acceptances: Iterable[Acceptance]) -> int:
         """Tokens to draft next; 0 for a plain step.
@@ -91,27 +92,30 @@ class Controller:
         if self.fixed is not None:
             return self.fixed
         known = list(acceptances)
-        if len(known) != self._batch:  # steps take another time now
+        if len(known) != self._batch:  # all take another time now
             self._batch = len(known)
-            self.seconds.pop(0, None)
+            self.seconds.clear()
         plain = self.seconds.get(0)
         if plain is None:
             return 0
-        cost = {gamma: self._of(gamma, plain) / plain for gamma in GAMMAS}
-        best, promised = self._best(known, cost)
-        if promised < WORTH and self._alike >= AGAIN and max((g + 1) / cost[g] for g in GAMMAS) > 2 * WORTH:
-            for acceptance in known:  # it may be another by now
+        best, promised = self._best(known, plain)
+        if not self._was and self._alike >= self._patience:
+            self._alike, self._patience = 0, 2 * self._patience
+            self.seconds = {0: plain}  # it may be another by now, acceptance too
+            for acceptance in known:
                 acceptance.forget()
-            best, promised = self._best(known, cost)
+            promised = self._best(known, plain)[1]
+            best = min(GAMMAS)
         gamma = best if promised >= (1.0 if self._was else WORTH) else 0
         if self._was and self._alike >= AGAIN:  # how long a plain step takes by now
-            gamma = 0
+            gamma, self._patience = 0, AGAIN
         self._alike = self._alike + 1 if bool(gamma) == self._was else 0
         self._was = bool(gamma)
         return gamma
 
-    def _best(self, known: Sequence[Acceptance], cost: dict[int, float]) -> tuple[int, float]:
+    def _best(self, known: Sequence[Acceptance], plain: float) -> tuple[int, float]:
         """The gamma of most tokens a second, and those as a multiple of plain decoding's."""
+        cost = {gamma: self._of(gamma, plain) / plain for gamma in GAMMAS}
         promised = {g: sum(tokens_of_round(g, x.rate) for x in known) / len(known) / cost[g] for g in GAMMAS}
         best = max(GAMMAS, key=lambda g: promised[g])
         return best, promised[best]

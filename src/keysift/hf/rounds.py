@@ -41,13 +41,12 @@ class Rounds:
         self._selects = False
         self._plain_steps = served.plain_steps
 
-    def run(self, gamma: int, places: Sequence[int] | None = None, metered: bool = False) -> Tensor:
+    def run(self, gamma: int, places: Sequence[int] | None = None) -> Tensor:
         """Draft ``gamma`` tokens after each slot's newest, and read them.
 
         Args:
             gamma: 1 to ``most``.
             places: of each slot's next token, where some are sampled; None takes the likeliest.
-            metered: whether what is selected is counted.
 
         Returns:
             Logits after the newest token and after each drafted one, fp32 ``[slots, gamma + 1, V]``, until the next
@@ -61,13 +60,13 @@ class Rounds:
             self._places.copy_(torch.tensor(places))
         self._catch_up()
         draws = places is not None
-        served.run(self.name(gamma, draws, metered), partial(self._round, gamma, draws), metered)
+        served.run(self.name(gamma, draws), partial(self._round, gamma, draws), metered=True)
         return self._logits[gamma]
 
     @staticmethod
-    def name(gamma: int, draws: bool, metered: bool) -> tuple[str, int, bool, bool]:
+    def name(gamma: int, draws: bool) -> tuple[str, int, bool]:
         """Of a round's graph."""
-        return "round", gamma, draws, metered
+        return "round", gamma, draws
 
     def keep(self, rows: Sequence[int], newest: Tensor) -> None:
         """Lengthen slots by so many of the round's rows; ``newest`` are the tokens after those, int64 ``[slots]``."""
@@ -81,10 +80,11 @@ class Rounds:
         missing = served.plain_steps - self._plain_steps
         if not missing or served.slots.device.type != "cuda":  # elsewhere the store knows what it has appended
             return
-        for layer, store in enumerate(served.stores):
-            if path.chooses(self.method, store, layer):
-                store.doubt(missing + self.most + 1)
-                store.index(self.method, served.ids[:, :1, None], served.ctx(layer, 1.0))
+        with served.slots.unknown_lengths(served.slots.capacity):  # what rounds decide by
+            for layer, store in enumerate(served.stores):
+                if path.chooses(self.method, store, layer):
+                    store.doubt(missing + self.most + 1)
+                    store.index(self.method, served.ids[:, :1, None], served.ctx(layer, 1.0))
         self._plain_steps = served.plain_steps
 
     def _round(self, gamma: int, draws: bool) -> None:

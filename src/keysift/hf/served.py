@@ -160,6 +160,11 @@ class ServedModel:
                 f"the RoPE of this {type(self.model).__name__} ({kinds.pop()}) depends on the longest sequence of a"
                 " batch: one sequence at a time then, max_batch=1 or --batch 1"
             )
+        if self.draft_method is not None and (kinds := rope_types(self.model) & OF_LONGEST):
+            raise ValueError(
+                f"the RoPE of this {type(self.model).__name__} ({kinds.pop()}) depends on the longest position of a"
+                " pass, drafted tokens included: leave draft out"
+            )
         device, self.slots = slots.device, slots
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._tried: set[Any] = set()  # names of graphs
@@ -370,13 +375,13 @@ class ServedModel:
         line in the log."""
         if self.slots.device.type != "cuda" or name in self._tried or self.graphed is False:
             return
-        self._tried.add(name)
         with self._nothing_said():
             if self.compiled is None:
                 self.compiled = bool(self._layers) and self._try("compile", self._compile)
                 if not self.compiled:
                     self._layers = []
             worked = self._try("capture", lambda: self._capture(name, body))
+        self._tried.add(name)  # not where an interrupt has ended it
         if not worked:
             self._graphs.pop(name, None)
         self.graphed = worked if self.graphed is None else self.graphed
