@@ -793,7 +793,7 @@ def test_an_answer_ends_where_its_listener_says_so():
 def test_rotary_embeddings_that_depend_on_the_batch_take_one_sequence_at_a_time():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = build("Llama", rope_parameters=rope, max_position_embeddings=64)
-    with pytest.raises(ValueError, match=r"\(dynamic\) depends on the longest sequence of a batch: choose max_batch=1"):
+    with pytest.raises(ValueError, match=r"\(dynamic\) depends on the longest sequence of a batch: one sequence"):
         LLM(model, max_batch=2, max_length=128, page=16)
     ids = list(range(1, 91))
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, 90:].tolist()

@@ -121,7 +121,7 @@ def test_running_out_of_memory_is_one_line_with_its_own_code(cli: Cli, monkeypat
     def allocate(*args: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12")
 
-    monkeypatch.setattr("keysift.cli.generate.load", allocate)
+    monkeypatch.setattr("keysift.ranks.load", allocate)
     assert cli("generate", "--prompt", "x") == Result(
         1, "", "keysift: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\n"
     )
@@ -131,7 +131,7 @@ def test_a_fault_of_ours_is_not_hidden(cli: Cli, monkeypatch: pytest.MonkeyPatch
     def fault(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("keysift.cli.generate.load", fault)
+    monkeypatch.setattr("keysift.ranks.load", fault)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("generate", "--prompt", "x")
 

@@ -110,15 +110,13 @@ def test_dense_generation_is_that_of_lm_eval(make, batch):
 def test_loglikelihood_measures_what_generation_would_do(make, decode, question):
     """The log-probability of the tokens that greedy generation writes, by the logits that it chose them from."""
     lm = make(prefill=STREAMING, decode=decode, **question)
-    context = lm.tokenizer(DOCUMENT[:1500] + QUESTION, return_tensors="pt")["input_ids"]
-    with lm.attached() as link:
-        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
-        out = keysift.eval.generate.generate(lm.model, link, context, max_new_tokens=6, **question, **options)
-    written = out.sequences[0, context.shape[1] :]
-    expected = sum(float(x[0].log_softmax(-1)[t]) for x, t in zip(out.logits, written, strict=True))
-    assert tokens_of(lm, context[0].tolist(), written.tolist()) == (pytest.approx(expected, abs=1e-3), True)
-    other = [*written[:-1].tolist(), int(out.logits[-1][0].argsort()[-2])]
-    score, greedy = tokens_of(lm, context[0].tolist(), other)
+    context = lm.tokenizer(DOCUMENT[:1500] + QUESTION)["input_ids"]
+    with keysift.LLM(lm.model, prefill=STREAMING, decode=decode, max_batch=1, max_length=len(context) + 6) as llm:
+        params = keysift.SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=2)
+        out = llm.generate(context, params, **question)[0]
+    expected = sum(x.token for x in out.logprobs)
+    assert tokens_of(lm, context, out.token_ids) == (pytest.approx(expected, abs=1e-3), True)
+    score, greedy = tokens_of(lm, context, [*out.token_ids[:-1], list(out.logprobs[-1].top)[1]])
     assert score < expected
     assert not greedy
 
