@@ -27,7 +27,7 @@ RUNS = {
 MAX_NEW_TOKENS = 64
 NOTES = """
 Prefill density: share of the (query, key) pairs that reading the prompt took. Kept fraction: share of the cached keys
-that a new token read. This version computes sparse attention with reference code, which reads less but is not faster.
+that a new token read.
 Try your own: .venv/bin/keysift generate --prompt-file FILE --prefill flexprefill --decode magicpig"""
 
 
