@@ -10,11 +10,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from keysift.engine import LLM
+from keysift.engine import COMPILED, LLM
 from keysift.requests import Delta
 from keysift.sampling import SamplingParams
 
-COMPILED = 2048  # new tokens from which on compiling a GPU's steps pays
 SETTINGS = {  # the number of each, and what the config calls it
     logits_process.TemperatureLogitsWarper: ("temperature", "temperature"),
     logits_process.TopKLogitsWarper: ("top_k", "top_k"),

@@ -29,6 +29,7 @@ from keysift.workers import serve
 MAX_BATCH = {"cuda": 16, "cpu": 1}
 CHUNK = 2048  # tokens of a prompt that are read at a time where beginnings are shared
 NO_DRAFT = "none"
+COMPILED = 2048  # new tokens of one answer from which on compiling a GPU's steps pays, which takes some 15 seconds
 COUNT_EVERY = {"cuda": 64}  # steps; elsewhere every one
 
 Prompt = str | Sequence[int]

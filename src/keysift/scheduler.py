@@ -71,6 +71,7 @@ class Scheduler:
         self._reading: int | None = None
         self._no_room_for: Request | None = None  # until another one ends
         self._steps, self._fixed_gamma = 0, gamma
+        self._dealt_out = is_dealt_out(served.model)
         self.sampler = Sampler(max_batch, served.vocabulary, served.model.device)
         self.open(room)
 
@@ -195,11 +196,13 @@ class Scheduler:
 
     def _gamma(self, requests: list[Request], slots: list[int]) -> int:
         """Tokens to draft; 0 for a plain step."""
+        if self._controller is None:
+            return 0
         rows = [self.slots.lengths[slot] for slot in slots]
-        if self._controller is None or any(n < len(r.prompt) for n, r in zip(rows, requests, strict=True)):
-            return 0  # or a question is still being read
+        if any(n < len(r.prompt) for n, r in zip(rows, requests, strict=True)):
+            return 0  # a question is still being read
         gamma = self._controller.choose(request.acceptance for request in requests)
-        return least(gamma) if is_dealt_out(self.served.model) else gamma
+        return least(gamma) if self._dealt_out else gamma
 
     def _step_all(self, slots: list[int]) -> bool:
         """One more token of each; returns whether it took the time that it will take."""
@@ -311,6 +314,6 @@ class Scheduler:
             del self.running[slot]
             if self._reading == slot:
                 self._reading = None
-        if is_dealt_out(self.served.model):  # every process counts what its heads read; an abort may be one's alone
+        if self._dealt_out:  # every process counts what its heads read; an abort may be one's alone
             read = Totals(*total(read))._replace(steps=read.steps) if reason != "aborted" else Totals()
         return request.output(reason, read.stats()), Delta(request.index, new, [*came], True)

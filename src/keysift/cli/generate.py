@@ -22,6 +22,7 @@ from keysift.cli import options
 from keysift.cli.models import open_llm
 from keysift.cli.prompt import new_tokens_allowed, read_prompt
 from keysift.cli.stream import Stream, prefill_bar, stop_between_tokens
+from keysift.engine import COMPILED
 from keysift.hf.attach import KV_DEVICES
 from keysift.methods import parse
 from keysift.offload import SELECT_DEVICES
@@ -30,7 +31,6 @@ from keysift.speculate import check_draft
 from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
-COMPILED = 2048  # new tokens from which on compiling a GPU's steps pays
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
 
 
@@ -117,7 +117,7 @@ def command(
         with keysift.attach(lm, **methods, seed=seed, **on_host) as attachment:
             out = run_attached(lm, tokenizer, arguments, attachment, console, show)
     else:
-        compiles = (max_new_tokens or DEFAULT_NEW_TOKENS) >= COMPILED  # which takes some 15 seconds
+        compiles = (max_new_tokens or DEFAULT_NEW_TOKENS) >= COMPILED
         room: dict[str, Any] = {"max_batch": 1, "max_length": 1, "prefill_chunk": prefill_chunk}  # the prompt says more
         methods |= {"draft": draft, "gamma": gamma}
         how: dict[str, Any] = {**methods, "device": device, "dtype": dtype, "compile_layers": compiles, "seed": seed}

@@ -98,8 +98,7 @@ class Rounds:
                 slots.append(one)
                 self._selects = i == 0
                 logits = served.forward(self.tokens[:, i : i + 1], self._draft)[:, 0]
-                likeliest = logits.argmax(-1)
-                self.tokens[:, i + 1] = self._draw(logits, self._places + i) if draws else likeliest
+                self.tokens[:, i + 1] = self._draw(logits, self._places + i) if draws else logits.argmax(-1)
             slots.length -= gamma
             slots.append(one * (gamma + 1), most=gamma + 1)
             self._logits[gamma].copy_(served.forward(self.tokens[:, : gamma + 1], self._verify))

@@ -133,12 +133,12 @@ class ServedModel:
         self._probed: dict[int, Shape] | None = {}
         self.chooses = False
         try:
-            self._probe()
+            self._probe(modules)
         except BaseException:
             self.close()
             raise
 
-    def _probe(self) -> None:
+    def _probe(self, modules: list[nn.Module]) -> None:
         """Have one token computed, to see what shapes keys and values have: configs do not always say."""
         one = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         with torch.no_grad():
@@ -146,7 +146,7 @@ class ServedModel:
         self.vocabulary = out.logits.shape[-1]
         assert self._probed is not None
         self.shapes = [shape for _, shape in sorted(self._probed.items())]
-        layers = sorted(attention_modules(self.model), key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+        layers = sorted(modules, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
         self._ctx = [
             Ctx(layer, 0.0, one, self.seed, first_head=first_head(module, self.shapes[layer].kv_heads))
             for layer, module in enumerate(layers)
