@@ -18,7 +18,7 @@ from keysift.meter import Totals
 from keysift.prefixes import Prefixes
 from keysift.requests import Delta, Request, RequestOutput
 from keysift.sampling import Sampler, logprobs_of
-from keysift.speculate import MOST, Controller
+from keysift.speculate import MOST, Controller, agreeing
 
 
 class Room(NamedTuple):
@@ -40,6 +40,7 @@ class Scheduler:
         running: those that have one, by slot; the one that is being read included.
         done: answers that nobody was told of yet.
         news: what answers grew by, likewise.
+        accepted: how many drafted tokens of a round stand; a benchmark may assume another share of them.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Scheduler:
         self.running: dict[int, Request] = {}
         self.done: list[RequestOutput] = []
         self.news: list[tuple[Request, Delta]] = []
+        self.accepted = agreeing
         self._reading: int | None = None
         self._no_room_for: Request | None = None  # until another one ends
         self._steps, self._fixed_gamma = 0, gamma
@@ -245,7 +247,7 @@ class Scheduler:
             found = logits.argmax(-1)
         else:
             found = self.sampler.tokens_after(logits, drafted, slots, [places[slot] for slot in slots])
-        accepted = (drafted == found[:, :-1]).long().cumprod(1).sum(1)
+        accepted = self.accepted(drafted, found)
         newest = self.served.ids[:, 0].clone()
         newest[which] = found.gather(1, accepted[:, None])[:, 0]
         known = torch.cat([found, accepted[:, None]], 1).tolist()

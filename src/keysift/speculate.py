@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from keysift.methods import describe, parse
 from keysift.types import Decode
 
@@ -57,6 +59,16 @@ class Acceptance:
     @property
     def rate(self) -> float:
         return self.accepted / self.seen
+
+
+def agreeing(drafted: Tensor, found: Tensor) -> Tensor:
+    """How many tokens of a draft are right, up to the first that is not, int64 ``[B]``.
+
+    Args:
+        drafted: int64 ``[B, gamma]``.
+        found: what plain decoding takes at each place, and at the one after them, int64 ``[B, gamma + 1]``.
+    """
+    return (drafted == found[:, :-1]).long().cumprod(1).sum(1)
 
 
 def tokens_of_round(gamma: int, alpha: float) -> float:

@@ -88,6 +88,11 @@ class Rounds:
         self._plain_steps = served.plain_steps
 
     def _round(self, gamma: int, draws: bool) -> None:
+        self._draft_all(gamma, draws)
+        self._verify_all(gamma)
+
+    def _draft_all(self, gamma: int, draws: bool) -> None:
+        """The tokens of a round; slots are as long as before."""
         served, slots = self.served, self.served.slots
         one = torch.ones_like(slots.length)
         for store in served.stores:
@@ -100,10 +105,15 @@ class Rounds:
                 logits = served.forward(self.tokens[:, i : i + 1], self._draft)[:, 0]
                 self.tokens[:, i + 1] = self._draw(logits, self._places + i) if draws else logits.argmax(-1)
             slots.length -= gamma
-            slots.append(one * (gamma + 1), most=gamma + 1)
+        self._chosen.clear()
+
+    def _verify_all(self, gamma: int) -> None:
+        """Logits of a round; slots are as long as before."""
+        served, slots = self.served, self.served.slots
+        with slots.unknown_lengths(slots.capacity), served.compiled_layers():
+            slots.append(torch.full_like(slots.length, gamma + 1), most=gamma + 1)
             self._logits[gamma].copy_(served.forward(self.tokens[:, : gamma + 1], self._verify))
             slots.length -= gamma + 1
-        self._chosen.clear()
 
     def _draft(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of a drafted token."""
