@@ -209,13 +209,9 @@ class Scheduler:
     def _step_all(self, slots: list[int]) -> bool:
         """One more token of each; returns whether it took the time that it will take."""
         requests = [self.running[slot] for slot in slots]
-        counted = self._steps % self._count_every == 0 or not all(r.counted for r in requests)
-        counted &= self._rounds is None  # what is counted is what drafts read
+        counted = self._rounds is None and self._counts(requests)  # else what drafts read is counted
         ready = self.served.ready(("step", counted))
         self.served.step(metered=counted)
-        self._steps += 1
-        for request in requests:
-            request.counted |= counted
         slots = self._feed(slots)
         requests = [self.running[slot] for slot in slots]
         asked = any(not r.params.greedy or r.params.logprobs is not None for r in requests)
@@ -239,8 +235,9 @@ class Scheduler:
         for slot, request in zip(slots, requests, strict=True):
             places[slot] = len(request.text.token_ids)
         greedy = all(r.params.greedy for r in requests)
-        ready = self.served.ready(self._rounds.name(gamma, not greedy))
-        every = self._rounds.run(gamma, None if greedy else places)
+        counted = self._counts(requests)
+        ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
+        every = self._rounds.run(gamma, None if greedy else places, counted)
         which = torch.tensor(slots, device=every.device)
         drafted, logits = self._rounds.tokens[which, 1 : gamma + 1], every[which]
         if greedy:
@@ -261,6 +258,14 @@ class Scheduler:
             self.sampler.note(slot, tokens[: count + 1])
             self._take(slot, tokens[: count + 1], logits[i])
         return ready
+
+    def _counts(self, requests: list[Request]) -> bool:
+        """Whether what the next step reads is counted: of so many one, and the first of each answer."""
+        counts = self._steps % self._count_every == 0 or not all(r.counted for r in requests)
+        self._steps += 1
+        for request in requests:
+            request.counted |= counts
+        return counts
 
     def _feed(self, slots: list[int]) -> list[int]:
         """Give slots that are still at their questions the next token of those; returns the others."""

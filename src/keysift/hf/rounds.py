@@ -41,12 +41,13 @@ class Rounds:
         self._selects = False
         self._plain_steps = served.plain_steps
 
-    def run(self, gamma: int, places: Sequence[int] | None = None) -> Tensor:
+    def run(self, gamma: int, places: Sequence[int] | None = None, metered: bool = False) -> Tensor:
         """Draft ``gamma`` tokens after each slot's newest, and read them.
 
         Args:
             gamma: 1 to ``most``.
             places: of each slot's next token, where some are sampled; None takes the likeliest.
+            metered: whether what is read by who selects is counted.
 
         Returns:
             Logits after the newest token and after each drafted one, fp32 ``[slots, gamma + 1, V]``, until the next
@@ -60,13 +61,13 @@ class Rounds:
             self._places.copy_(torch.tensor(places))
         self._catch_up()
         draws = places is not None
-        served.run(self.name(gamma, draws), partial(self._round, gamma, draws), metered=True)
+        served.run(self.name(gamma, draws, metered), partial(self._round, gamma, draws), metered)
         return self._logits[gamma]
 
     @staticmethod
-    def name(gamma: int, draws: bool) -> tuple[str, int, bool]:
+    def name(gamma: int, draws: bool, metered: bool) -> tuple[str, int, bool, bool]:
         """Of a round's graph."""
-        return "round", gamma, draws
+        return "round", gamma, draws, metered
 
     def keep(self, rows: Sequence[int], newest: Tensor) -> None:
         """Lengthen slots by so many of the round's rows; ``newest`` are the tokens after those, int64 ``[slots]``."""

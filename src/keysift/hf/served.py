@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
+from keysift.hf.beside import join_layers, part_layers
 from keysift.hf.paged import captured
 from keysift.hf.parallel import first_head, is_dealt_out, least
 from keysift.hf.slots_cache import SlotsCache
@@ -152,6 +153,8 @@ class ServedModel:
             for layer, module in enumerate(layers)
         ]
         self._probed = None
+        if self._layers:
+            join_layers(self.model)
 
     def open(self, slots: Slots) -> None:
         """Have keys and values of all sequences go to ``slots``, ``slots.capacity`` rows at most each."""
@@ -450,6 +453,7 @@ def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: s
     for layer in decoder_layers(model):
         layer._compiled_call_impl = None
         layer.__dict__.pop("_keysift_compiled", None)
+    part_layers(model)
     for module in modules:
         module.__dict__.pop("_keysift_where", None)
     model.set_attn_implementation(implementation)
