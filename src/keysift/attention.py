@@ -218,6 +218,24 @@ def attend(q_BHD: Tensor, store: Store, method: Decode, selection: Selection | N
     return gather_attention(q_BHD, kv, selection, ctx.scale, store.middle(method), q_BHD.dtype)
 
 
+def short(q_BTHD: Tensor, store: Store, scale: float, window: int | None = None) -> Tensor:
+    """Dense attention of a few new tokens a sequence, T at a time, each over all keys up to its own; ``window`` is that
+    of a layer that has one.
+
+    Returns:
+        Output in q's dtype ``[B, T, H, Dv]``.
+    """
+    kv = store.view()
+    if window is None:
+        return short_attention(q_BTHD, kv, scale, q_BTHD.dtype).out
+    tokens = q_BTHD.shape[1]
+    ends = (kv.end - (tokens - 1 - i) for i in range(tokens))
+    out = [
+        dense_attention(q_BTHD[:, i : i + 1], kv.between(kv.start, end), scale, window) for i, end in enumerate(ends)
+    ]
+    return torch.cat(out, 1)
+
+
 def select(
     q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | StepMeter | None, rows: Store | None = None
 ) -> Selection | None:

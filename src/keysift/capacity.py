@@ -5,19 +5,18 @@ from __future__ import annotations
 import bisect
 import math
 
-from keysift.checkpoint import context_tokens
+from keysift.hf.config import context_tokens
 from keysift.hf.parallel import is_dealt_out, least
 from keysift.hf.served import ServedModel
 from keysift.offload import free_bytes, free_device_bytes
 from keysift.slots import Slots
-from keysift.speculate import MOST
 
 SPARE_BYTES = 4 << 30  # of a GPU, for what is computed and for what CUDA graphs keep
 HOST_SHARE = 0.5  # of free memory, on a CPU
 
 
 def slots_for(
-    served: ServedModel, max_batch: int, page: int, max_length: int | None, kv_memory: int | None
+    served: ServedModel, max_batch: int, page: int, max_length: int | None, kv_memory: int | None, spare: int = 0
 ) -> tuple[Slots, int]:
     """Room for a model's sequences.
 
@@ -27,6 +26,7 @@ def slots_for(
         page: rows a page.
         max_length: tokens of a sequence; None for what the model was made for, or what fits.
         kv_memory: bytes; None for what is free.
+        spare: rows of tokens that are drafted past a sequence's end.
 
     Returns:
         The slots, and tokens that a sequence may have.
@@ -43,7 +43,6 @@ def slots_for(
         return max(0, int((memory - max_batch * sequence_bytes(served, capacity)) / (page * token)))
 
     wanted = max_length or context_tokens(served.model.config) or memory // token
-    spare = MOST if served.draft_method is not None else 0  # rows of tokens that are drafted past the end
     per_slot = -(-(wanted + spare) // page)
     if max_length is not None and (there := pages(per_slot * page)) <= per_slot:
         raise ValueError(
@@ -90,12 +89,20 @@ def sequence_bytes(served: ServedModel, capacity: int) -> int:
     )
 
 
-def draft_cost(served: ServedModel, sequences: int, tokens: int) -> float:
-    """Bytes that a draft step reads, as a share of a dense step's, with all slots full."""
-    model, method = served.model, served.keeps_for
-    weights = sum(x.numel() * x.element_size() for name, x in model.named_parameters() if "embed" not in name)
-    rows = sum(shape.row_bytes for shape in served.shapes) * sequences
+def draft_cost(served: ServedModel, sequences: int, tokens: int, other: tuple[ServedModel, int] | None = None) -> float:
+    """Bytes that a draft step reads, as a share of a dense step's, with all slots full; ``other`` is a draft model and
+    the rows of its sequences."""
+    method, (weights, rows) = served.keeps_for, (_weights_and_rows(served, sequences))
+    if other is not None:
+        others_weights, others_rows = _weights_and_rows(other[0], sequences)
+        return (others_weights + others_rows * other[1]) / (weights + rows * tokens)
     most = getattr(method, "most", None)
     read = min(tokens, method.sinks + method.window + (most(tokens) if most else 0))
     scanned = (token_bytes(served) * sequences - rows) * tokens
     return min(1.0, (weights + rows * read + scanned) / (weights + rows * tokens))
+
+
+def _weights_and_rows(served: ServedModel, sequences: int) -> tuple[int, int]:
+    """Bytes of a model's weights, embeddings apart, and of a row of so many sequences' keys and values."""
+    weights = sum(x.numel() * x.element_size() for name, x in served.model.named_parameters() if "embed" not in name)
+    return weights, sum(shape.row_bytes for shape in served.shapes) * sequences

@@ -156,20 +156,6 @@ def encode(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> dict[str
     return {"input_ids": token_ids, "attention_mask": encoded["attention_mask"]}
 
 
-def context_tokens(config: Any) -> int | None:
-    """How many tokens the model was made for, its RoPE scaling included; None where the config does not say."""
-    config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if limit is None or "factor" not in rope:
-        return limit
-    if rope.get("rope_type") in ("linear", "dynamic"):
-        return int(limit * rope["factor"])
-    if rope.get("rope_type") == "yarn":
-        return max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
-    return limit
-
-
 def eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends an answer, as the model's generation config and its tokenizer say."""
     named: Iterable[Any] = (
@@ -185,3 +171,19 @@ def _flat(ids: Iterable[Any]) -> Iterator[int]:
             yield from x
         elif x is not None:
             yield int(x)
+
+
+def check_vocabularies(draft: Any, draft_tokenizer: Any, model: Any, tokenizer: Any) -> None:
+    """Raise ValueError unless the tokens of a draft model are those of the model that it drafts for: by their
+    tokenizers, or where one has none by how many tokens they know."""
+    if draft_tokenizer is not None and tokenizer is not None:
+        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+        same = ours == theirs
+    else:
+        ours, theirs = (range(x.get_input_embeddings().num_embeddings) for x in (model, draft))
+        same = len(ours) == len(theirs)
+    if not same:
+        raise ValueError(
+            f"draft_model: its vocabulary ({len(theirs):,} tokens) is not the model's ({len(ours):,}): drafts are"
+            " tokens, so choose a smaller model of the same family"
+        )

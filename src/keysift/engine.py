@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from keysift.checkpoint import chat_text, eos_tokens
+from keysift.checkpoint import chat_text, check_vocabularies, eos_tokens, load, pick_dtype
+from keysift.hf.draft_model import DraftModel, Elsewhere, usual_cache
+from keysift.hf.parallel import is_dealt_out, this_rank
 from keysift.hf.served import ServedModel
 from keysift.methods import parse
 from keysift.prefixes import Prefixes
@@ -21,7 +23,7 @@ from keysift.requests import Delta, OnText, Request, RequestOutput, check_questi
 from keysift.sampling import SamplingParams
 from keysift.scheduler import Room, Scheduler
 from keysift.slots import Slots, check_page
-from keysift.speculate import check_draft
+from keysift.speculate import MOST, check_draft
 from keysift.text import Detokenizer
 from keysift.types import check_seed
 from keysift.workers import serve
@@ -72,6 +74,7 @@ class LLM:
         measure_error: bool = False,
         draft: Any = None,
         gamma: int | None = None,
+        draft_model: str | Path | PreTrainedModel | None = None,
     ) -> None:
         """Load a model and make room for its sequences.
 
@@ -99,6 +102,9 @@ class LLM:
             draft: self-speculation: a decode SPEC or method that drafts tokens over the same keys, which one pass over
                 all keys then checks; the tokens are those of dense decoding. None drafts nothing.
             gamma: tokens drafted at a time, 1 to 8; None has it chosen as it goes, 0 included.
+            draft_model: folder, hub id or loaded model of the same vocabulary that drafts instead. ``draft``, streaming
+                or snapkv, then says what its own cache keeps and by ``budget`` how many rows of a sequence, whatever
+                the context; default streaming, 1,024 or what it was made for. Of several processes the first has it.
 
         Raises:
             ValueError: a model, method, option or size that cannot be served; says what could.
@@ -112,9 +118,10 @@ class LLM:
                 raise ValueError(f"prefill_chunk={prefill_chunk}: with reuse_prefixes, a multiple of page={page}")
         methods = parse(prefill, "prefill"), parse(decode, "decode")
         drafts = None if draft is None else parse(draft, "decode")
-        check_shares(reuse_prefixes, methods[1] if drafts is None else drafts)
-        check_draft(drafts, methods[1], gamma)
+        check_shares(reuse_prefixes, methods[1] if drafts is None or draft_model is not None else drafts)
+        check_draft(drafts, methods[1], gamma, draft_model is not None)
         self._ranks: Ranks | None = None
+        self._drafter: DraftModel | Elsewhere | None = None
         if isinstance(model, (str, Path)):
             options = {name: x for name, x in locals().items() if name in _OF_WORKERS}
             self._ranks = Ranks(str(model), device, dtype, tensor_parallel, PROGRAM, options)
@@ -129,17 +136,34 @@ class LLM:
         every = count_every or COUNT_EVERY.get(where, 1)
         try:
             shared = prefill_chunk if reuse_prefixes else None
-            self.served = ServedModel(self.model, *methods, seed, compile_layers, shared, measure_error, drafts)
+            own = drafts if draft_model is None else None
+            self.served = ServedModel(self.model, *methods, seed, compile_layers, shared, measure_error, own)
+            if draft_model is not None:
+                self._drafter = self._load_draft(draft_model, drafts, dtype, compile_layers)
             room, ends = Room(page, max_length, kv_memory), eos_tokens(self.model, self.tokenizer)
-            self._work = Scheduler(self.served, room, self.max_batch, ends, prefill_chunk, reuse_prefixes, every, gamma)
+            alone = prefill_chunk, reuse_prefixes, every, gamma, self._drafter
+            self._work = Scheduler(self.served, room, self.max_batch, ends, *alone)
         except BaseException:
             if hasattr(self, "served"):
                 self.served.close()
+            if self._drafter is not None:
+                self._drafter.close()
             self._end_ranks()
             raise
         self._submitted = 0
         self._generating: set[int] = set()  # requests of calls of `generate`
         self._closed = False
+
+    def _load_draft(self, model: Any, cache: Any, dtype: str, compile_layers: bool) -> DraftModel | Elsewhere:
+        """The draft model, by the first of the processes that share this one."""
+        if is_dealt_out(self.model) and this_rank():
+            return Elsewhere()
+        tokenizer = None
+        if isinstance(model, (str, Path)):
+            where = self.model.device
+            model, tokenizer = load(str(model), where, pick_dtype(dtype, where))
+        check_vocabularies(model, tokenizer, self.model, self.tokenizer)
+        return DraftModel(model, cache or usual_cache(model), MOST, self.served.vocabulary, compile_layers)
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:
@@ -168,6 +192,8 @@ class LLM:
             self.served.decode_method if decode is None else parse(decode, "decode"),
         )
         drafts = self.served.draft_method
+        if draft is not None and self._drafter is not None:
+            raise ValueError(f"switch: draft={draft}: a draft model's cache stays as it is; make another LLM")
         if draft is not None:
             drafts = None if draft == NO_DRAFT else parse(draft, "decode")
         check_shares(self.prefixes is not None, methods[1] if drafts is None else drafts)
@@ -369,6 +395,8 @@ class LLM:
             request.on_text = None
             self.abort(request.index)
         self.served.close()
+        if self._drafter is not None:
+            self._drafter.close()
         self._end_ranks()
 
     def _check_open(self) -> None:
@@ -444,4 +472,5 @@ def work() -> None:
 _OF_WORKERS = (
     *("model", "prefill", "decode", "device", "dtype", "max_batch", "max_length", "kv_memory", "page"),
     *("prefill_chunk", "reuse_prefixes", "compile_layers", "seed", "count_every", "measure_error", "draft", "gamma"),
+    "draft_model",
 )

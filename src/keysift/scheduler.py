@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from keysift.capacity import draft_cost, slots_for
+from keysift.hf.draft_model import DraftModel, Elsewhere
 from keysift.hf.parallel import is_dealt_out, least, total
-from keysift.hf.rounds import Rounds
+from keysift.hf.rounds import OwnDraft, Rounds
 from keysift.hf.served import ServedModel
 from keysift.meter import Totals
 from keysift.prefixes import Prefixes
@@ -53,6 +54,7 @@ class Scheduler:
         reuse_prefixes: bool,
         count_every: int,
         gamma: int | None = None,
+        draft_model: DraftModel | Elsewhere | None = None,
     ) -> None:
         """Make room; raises ValueError where not even one sequence fits.
 
@@ -62,8 +64,10 @@ class Scheduler:
             max_batch: sequences at a time.
             eos: tokens that end an answer.
             prefill_chunk, reuse_prefixes, count_every, gamma: as of ``LLM``.
+            draft_model: who drafts, if not the model itself by its draft method.
         """
         self.served, self.max_batch, self.prefill_chunk = served, max_batch, prefill_chunk
+        self.draft_model = draft_model
         self._eos, self._reuses, self._count_every = frozenset(eos), reuse_prefixes, count_every
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
@@ -80,17 +84,21 @@ class Scheduler:
     def open(self, room: Room) -> None:
         """Make room for sequences; nothing may be at work."""
         self.room, self._opened = room, False
-        self.slots, self.max_length = slots_for(self.served, self.max_batch, *room)
+        drafts = self.draft_model is not None or self.served.draft_method is not None
+        if self.draft_model is not None:
+            self.draft_model.open(self.max_batch, room.page)
+        self.slots, self.max_length = slots_for(self.served, self.max_batch, *room, spare=MOST if drafts else 0)
         self.served.open(self.slots)
         chunk = self.prefill_chunk if self._reuses else None
         self.prefixes = None if chunk is None else Prefixes(self.slots, chunk)
         self._rounds: Rounds | None = None
         self._controller: Controller | None = None
-        if self.served.draft_method is not None:
-            self._rounds = Rounds(self.served, MOST, self.sampler.guess)
-            kind = self.served.model.device.type
-            cost = draft_cost(self.served, self.max_batch, self.max_length)
-            self._controller = Controller(cost, kind, self._fixed_gamma)
+        if drafts:
+            drafter = self.draft_model or OwnDraft(self.served, MOST)
+            self._rounds = Rounds(self.served, MOST, self.sampler.guess, drafter)
+            other = (drafter.served, drafter.rows) if isinstance(drafter, DraftModel) else None
+            cost = draft_cost(self.served, self.max_batch, self.max_length, other)
+            self._controller = Controller(cost, self.served.model.device.type, self._fixed_gamma)
         self._opened = True
 
     def switch(self, prefill: Any, decode: Any, draft: Any, room: Room) -> None:
@@ -102,6 +110,8 @@ class Scheduler:
             return
         self._opened = False
         served.let_go()
+        if self.draft_model is not None:
+            self.draft_model.let_go()
         try:
             served.prefill_method, served.decode_method, served.draft_method = prefill, decode, draft
             self.open(room)
@@ -231,13 +241,16 @@ class Scheduler:
         """A round of speculation; returns as ``_step_all``."""
         assert self._rounds is not None
         requests = [self.running[slot] for slot in slots]
-        places = [0] * self.max_batch
+        places, before = [0] * self.max_batch, [0] * self.max_batch
         for slot, request in zip(slots, requests, strict=True):
-            places[slot] = len(request.text.token_ids)
+            ids = request.text.token_ids
+            places[slot], before[slot] = len(ids), ids[-2] if len(ids) > 1 else request.prompt[-1]
+            if self.draft_model is not None and self.draft_model.is_behind(slot, len(request.prompt) + len(ids)):
+                self.draft_model.follow(slot, request.prompt + ids)
         greedy = all(r.params.greedy for r in requests)
         counted = self._counts(requests)
         ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
-        every = self._rounds.run(gamma, None if greedy else places, counted)
+        every = self._rounds.run(gamma, None if greedy else places, counted, before)
         which = torch.tensor(slots, device=every.device)
         drafted, logits = self._rounds.tokens[which, 1 : gamma + 1], every[which]
         if greedy:
@@ -317,6 +330,8 @@ class Scheduler:
             read = read.plus(of_steps)
             self.served.deactivate(slot)
             self.sampler.end(slot)
+            if self.draft_model is not None:
+                self.draft_model.forget(slot)
             self.slots.free(slot)
             del self.running[slot]
             if self._reading == slot:

@@ -26,18 +26,17 @@ AGAIN = 256  # rounds after which a plain step is timed again, and steps after w
 WORTH = 1.03  # times plain decoding's speed that a round has to promise
 
 
-def check_draft(draft: Decode | None, decode: Decode, gamma: object) -> None:
-    """Raise ValueError for speculation that cannot be: beside a sparse decode method, or of a wrong length."""
+def check_draft(draft: Decode | None, decode: Decode, gamma: object, model: bool = False) -> None:
+    """Raise ValueError for speculation that cannot be: beside a sparse decode method, or of a wrong length; ``model``
+    says whether another model drafts."""
     if gamma is not None and (not isinstance(gamma, int) or isinstance(gamma, bool) or not 1 <= gamma <= MOST):
         raise ValueError(f"gamma={gamma}: choose 1 to {MOST}, or leave it out to have it chosen")
-    if draft is None:
+    if draft is None and not model:
         if gamma is not None:
             raise ValueError(f"gamma={gamma}: needs a draft, such as draft=streaming:budget=512")
     elif decode != parse("dense", "decode"):
-        raise ValueError(
-            f"draft={describe(draft)} and decode={describe(decode)}: drafts are checked against all keys; leave decode"
-            " out"
-        )
+        what = "a draft model" if draft is None else f"draft={describe(draft)}"
+        raise ValueError(f"{what} and decode={describe(decode)}: drafts are checked against all keys; leave decode out")
 
 
 @dataclass

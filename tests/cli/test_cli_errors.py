@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keysift.checkpoint import context_tokens
+from keysift.hf.config import context_tokens
 
 from .conftest import CONTEXT, Result, assert_refused, qwen, with_template
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from keysift.cli.stream import Stream, prefill_bar
-from keysift.hf.served import decoder_layers
+from keysift.hf.beside import decoder_layers
 
 from .conftest import byte_tokenizer, qwen
 

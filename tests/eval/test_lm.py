@@ -301,7 +301,7 @@ def test_other_models_keep_their_arguments():
         ({"decode": "magicpig:K=9,M=3"}, "magicpig has no option 'M': choose"),
         ({"prefill": "fast"}, "prefill method 'fast' unknown: choose"),
         ({"draft": "fast"}, "decode method 'fast' unknown: choose"),
-        ({"draft": "snapkv:budget=512"}, "draft=snapkv:budget=512: speculative decoding is not in this version"),
+        ({"draft": "snapkv:budget=512"}, "draft=snapkv:budget=512: lm-eval's tasks are answered without drafts"),
         ({"question": "dense"}, "question=dense needs question_tokens=N"),
         ({"seed": -1}, "seed=-1"),
         ({"pretrained": "bart"}, "bart is an encoder-decoder: keysift serves decoders only"),
@@ -357,7 +357,7 @@ def test_the_command_evaluates(local_tasks, subcommand, capsys):
     ("arguments", "message"),
     [
         (["--model_args", "decode=magicpig:K=9,M=3"], "keysift: magicpig has no option 'M': choose"),
-        (["--model_args", "draft=snapkv"], "keysift: draft=snapkv: speculative decoding is not in this version"),
+        (["--model_args", "draft=snapkv"], "keysift: draft=snapkv: lm-eval's tasks are answered without drafts"),
         (["--model_args", "pretrained=./no/such/folder"], "keysift: "),
         (["--tasks", "no_such_task"], "keysift: Tasks not found: no_such_task"),
     ],

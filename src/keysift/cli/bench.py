@@ -23,13 +23,14 @@ from keysift import pocket
 from keysift.bench import first_token as ttft
 from keysift.bench import prefill as attention
 from keysift.bench.plots import draw_prefill
-from keysift.checkpoint import context_tokens, encode, load, pick_device, pick_dtype
+from keysift.checkpoint import encode, load, pick_device, pick_dtype
 from keysift.cli import info, options
 from keysift.cli.eval import parse_lengths
 from keysift.cli.generate import INTERRUPTED
 from keysift.cli.prompt import read_prompt
 from keysift.eval.results import replace_file
 from keysift.functional import BACKENDS
+from keysift.hf.config import context_tokens
 from keysift.methods import parse
 from keysift.ops import crossover
 from keysift.types import one_of

@@ -12,23 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 from rich.console import Console
+from rich.table import Table
 from typer import Exit
 from typer import Option as option
 
-from keysift.bench import generate
-from keysift.bench.generate import Shape, Subject
+from keysift.bench import generate, speculate
+from keysift.bench.first_token import SHAPES, random_model
+from keysift.bench.generate import Row, Shape, Subject
 from keysift.bench.generate_plot import draw_generations
+from keysift.bench.speculate import Run
+from keysift.bench.speculate_plot import draw_speculation
 from keysift.bench.steps import DENSE
-from keysift.checkpoint import encode, is_folder, pick_device
+from keysift.checkpoint import check_vocabularies, encode, is_folder, load, pick_device, pick_dtype
 from keysift.cli import bench, options
 from keysift.cli.bench import shown
 from keysift.cli.bench_steps import METHODS, NOTE
 from keysift.cli.prompt import read_prompt
-from keysift.hf.parallel import ranks_of_environment
+from keysift.hf.draft_model import DEFAULT_BUDGET
+from keysift.hf.parallel import ranks_of_environment, this_rank
 from keysift.methods import describe, parse
 from keysift.ranks import deal_out_once
+from keysift.speculate import MOST
+from keysift.types import one_of
 
 GPU_SHAPES = [Shape(batch, prefix, 64) for prefix in (32768, 131072) for batch in (1, 0)]
 CPU_SHAPES = [Shape(1, 2048, 32)]
@@ -36,6 +44,14 @@ COLUMNS = (
     "batch|prefix|generated|method|first token s|step ms|ms/token|tokens/s|speed-up|dense floor ms|floor share"
     "|kept|GiB|"
 )
+DRAFT_COLUMNS = (
+    "batch|prefix|generated|draft|gamma|tokens/round|accepted|draft ms|verify ms|rest ms|ms/token|tokens/s|speed-up"
+    "|by the speed model|rounds|"
+)
+AUTO = "auto"
+USUAL_CACHE = f"streaming:budget={DEFAULT_BUDGET}"
+DRAFT_CONTEXT = 1 << 17  # tokens that random weights are made for
+ACCEPTANCE = 0.8  # that is assumed where it means nothing
 
 
 def command(
@@ -49,7 +65,38 @@ def command(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        option(metavar="SPEC", show_default=", ".join(METHODS), help="Of decode, beside dense; may be repeated."),
+        option(
+            metavar="SPEC",
+            show_default=f"{', '.join(METHODS)}; none with --draft",
+            help="Of decode, beside dense; may be repeated.",
+        ),
+    ] = None,
+    draft: Annotated[
+        list[str] | None,
+        option(metavar="SPEC", show_default="none", help="Decode method that drafts tokens; may be repeated."),
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        option(metavar="PATH", help="A smaller model drafts; --draft is its own cache, streaming or snapkv."),
+    ] = None,
+    draft_shape: Annotated[
+        str | None, option(metavar="NAME", help="The same with random weights of a shape, such as llama-1b.")
+    ] = None,
+    gamma: Annotated[
+        str | None,
+        option(metavar="N,M", show_default=AUTO, help=f"Tokens drafted at a time, 1 to {MOST}, or auto: as it pays."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        option(metavar="N,M", show_default="each draft's own", help="Keys that drafts read: each is run with each."),
+    ] = None,
+    acceptance: Annotated[
+        float | None,
+        option(
+            metavar="A",
+            show_default=f"{ACCEPTANCE}; measured where a --model reads prompts",
+            help="Share of drafted tokens that is assumed to stand, where what they are means nothing.",
+        ),
     ] = None,
     prefill: Annotated[str, option(metavar="SPEC", help="How prompts are read.")] = "dense",
     shape: bench.ShapeName = None,
@@ -82,10 +129,14 @@ def command(
     name = bench.shape_name(shape, model, on_gpu)
     sizes = (GPU_SHAPES if on_gpu else CPU_SHAPES) if shapes is None else parse_shapes(shapes)
     method = parse(prefill, "prefill")
-    setup = generate.Setup(method, reads(method, model, text, read), page, seed, print_output, tensor_parallel)
-    chosen = [parse(spec, "decode") for spec in methods or METHODS]
+    other = check_other(draft_model, draft_shape)
+    draft = draft or ([USUAL_CACHE if budget is None else "streaming"] if other else None)
+    runs = parse_runs(methods, draft, gamma, budget, acceptance, other)
+    reading = reads(method, model, text, read)
+    assumed = assumption(acceptance, model is not None and draft_shape is None and reading) if draft else None
+    setup = generate.Setup(method, reading, page, seed, print_output, tensor_parallel, None, assumed)
     book = None if text is None else read_prompt(None, text, None)
-    longest = max(generate.rows_needed(size, setup.read) for size in sizes)
+    longest = max(generate.rows_needed(size, setup.read, run) for size in sizes for run in [Run(), *runs])
     rank = rank_of(tensor_parallel)
     if rank and on_gpu:
         where = pick_device(f"cuda:{rank}")
@@ -96,12 +147,17 @@ def command(
         if tensor_parallel > 1:
             deal_out_once(lm, tensor_parallel)
         subject = subject_of(lm, model, book, sizes)
+        if other:
+            subject = dataclasses.replace(subject, draft_model=drafter(subject, draft_model, draft_shape, where, dtype))
         setup = dataclasses.replace(setup, copy_gb_s=generate.copy_gb_s(where))
-    rows: list[generate.Row] = []
-    data = bench.about(where) | {"settings": settings_of(setup, lm, model, name, text), "rows": []}
+    rows: list[Row] = []
+    settings = settings_of(setup, lm, model, name, text) | {"draft_model": draft_shape or named(draft_model)}
+    data = bench.about(where) | {"settings": settings, "rows": []}
     data["note"] = remark(setup, model, name, text)
+    if draft_shape is not None:
+        data["note"] += f"; drafts by {draft_shape} with random weights"
     try:
-        bench.run(generate.measure, (subject, setup, sizes, chosen), rows, data, file, console)
+        bench.run(generate.measure, (subject, setup, sizes, runs), rows, data, file, console)
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True
@@ -109,6 +165,8 @@ def command(
     if file is not None:
         head = f"{data['gpu'] or data['cpu']}; {data['settings']['model'] or name}, {data['settings']['dtype']}"
         bench.picture(lambda: draw_generations(rows, f"{head}; {data['note']}"), file.with_suffix(".png"))
+        if draft:
+            bench.picture(lambda: draw_speculation(rows, f"{head}; {data['note']}"), file.with_name("speculate.png"))
     bench.end(rows, interrupted)
 
 
@@ -139,6 +197,72 @@ def parse_shapes(text: str) -> list[Shape]:
     return list(dict.fromkeys(found))
 
 
+def parse_runs(
+    methods: Sequence[str] | None,
+    drafts: Sequence[str] | None,
+    gamma: str | None,
+    budget: str | None,
+    acceptance: float | None,
+    other: bool,
+) -> list[Run]:
+    """What is run beside dense decoding: methods, then drafts with every budget and gamma."""
+    if not drafts:
+        given = {"--gamma": gamma, "--budget": budget, "--acceptance": acceptance}
+        if alone := [f"{name} {value}" for name, value in given.items() if value is not None]:
+            raise ValueError(f"{alone[0]}: needs a draft, such as --draft streaming:budget=512")
+    chosen = [Run(parse(spec, "decode")) for spec in (methods or (() if drafts else METHODS))]
+    gammas = [None] if gamma is None else parse_gammas(gamma)
+    return chosen + speculate.sweep(drafts or (), [] if budget is None else parse_budgets(budget), gammas, other)
+
+
+def check_other(draft_model: str | None, draft_shape: str | None) -> bool:
+    """Whether another model drafts."""
+    if draft_model is not None and draft_shape is not None:
+        raise ValueError("--draft-model and --draft-shape: give one of them")
+    if draft_shape is not None:
+        one_of("draft-shape", draft_shape, SHAPES)
+    return draft_model is not None or draft_shape is not None
+
+
+def drafter(subject: Subject, path: str | None, shape: str | None, where: torch.device, dtype: str) -> Any:
+    """The model that drafts, of the same vocabulary; of several processes the first needs it."""
+    if this_rank():
+        return "elsewhere"
+    if path is None:
+        assert shape is not None
+        return random_model(shape, DRAFT_CONTEXT, where, bench.tensor_dtype(dtype, where)).model
+    model, tokenizer = load(path, where, pick_dtype(dtype, where))
+    check_vocabularies(model, tokenizer, subject.model, subject.tokenizer)
+    return model
+
+
+def parse_gammas(text: str) -> list[int | None]:
+    found: list[int | None] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part != AUTO and not (part.isdecimal() and 1 <= int(part) <= MOST):
+            raise ValueError(f"--gamma {text}: choose 1 to {MOST} or {AUTO}, joined by commas")
+        found.append(None if part == AUTO else int(part))
+    return found
+
+
+def parse_budgets(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--budget {text}: write numbers of keys, 1 or more, joined by commas")
+    return [int(part) for part in parts]
+
+
+def assumption(acceptance: float | None, measured: bool) -> float | None:
+    """The share of drafted tokens that is assumed to stand; None where it is measured."""
+    if not measured:
+        return ACCEPTANCE if acceptance is None else acceptance
+    if acceptance is not None:
+        raise ValueError(
+            f"--acceptance {acceptance}: where a model reads prompts it is measured; leave it out, or add --fill"
+        )
+    return None
+
+
 def reads(prefill: Any, model: str | None, text: Path | None, read: bool | None) -> bool:
     """Whether prompts are read: if asked for, or for a text."""
     if text is not None and model is None:
@@ -167,22 +291,41 @@ def subject_of(lm: Any, model: str | None, book: str | None, sizes: Sequence[Sha
 def settings_of(setup: generate.Setup, lm: Any, model: str | None, name: str, text: Path | None) -> dict[str, Any]:
     return dataclasses.asdict(setup) | {
         "prefill": describe(setup.prefill),
-        "model": Path(model).name if model is not None and Path(model).is_dir() else model,
+        "model": named(model),
         "shape": None if model else name,
         "text": None if text is None else text.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
 
 
+def named(model: str | None) -> str | None:
+    """A model as results name it: a folder by its own name alone."""
+    return Path(model).name if model is not None and Path(model).is_dir() else model
+
+
 def remark(setup: generate.Setup, model: str | None, name: str, text: Path | None) -> str:
-    """Whose weights, and what the contexts are."""
+    """Whose weights, what the contexts are, and what is assumed."""
     weights = f"{name} with random weights; " if model is None else ""
+    assumed = "" if setup.acceptance is None else f"; acceptance assumed: {setup.acceptance:g} of drafted tokens"
     if not setup.read:
-        return weights + NOTE
-    return f"{weights}prompts of {'random tokens' if text is None else text.name}, read by {describe(setup.prefill)}"
+        return weights + NOTE + assumed
+    source = "random tokens" if text is None else text.name
+    return f"{weights}prompts of {source}, read by {describe(setup.prefill)}{assumed}"
 
 
-def print_rows(rows: Sequence[generate.Row], remark: str) -> None:
+def print_rows(rows: Sequence[Row], remark: str) -> None:
+    bench.show_table(table_of_methods([row for row in rows if row.draft is None]))
+    if drafts := [row for row in rows if row.draft is not None]:
+        print()
+        bench.show_table(table_of_drafts(drafts))
+    bench.print_reasons(rows)
+    for row in rows:
+        if row.output is not None:
+            print(f"{bench.case(row)} generated: {row.output}")
+    print(remark)
+
+
+def table_of_methods(rows: Sequence[Row]) -> Table:
     grid = bench.table(COLUMNS)
     for row in rows:
         grid.add_row(
@@ -196,9 +339,24 @@ def print_rows(rows: Sequence[generate.Row], remark: str) -> None:
             shown(row.peak_gib, ",.1f"),
             "" if row.status == "ok" else row.status,
         )
-    bench.show_table(grid)
-    bench.print_reasons(rows)
+    return grid
+
+
+def table_of_drafts(rows: Sequence[Row]) -> Table:
+    grid = bench.table(DRAFT_COLUMNS)
+    grid.columns[3].justify = "left"
     for row in rows:
-        if row.output is not None:
-            print(f"{bench.case(row)} generated: {row.output}")
-    print(remark)
+        used = f" ({row.timed_gamma})" if row.timed_gamma else ""
+        grid.add_row(
+            *(f"{x:,}" for x in row.shape),
+            row.draft,
+            f"{AUTO}{used}" if row.gamma is None else f"{row.gamma}",
+            shown(row.tokens_per_round, ".2f"),
+            shown(row.acceptance, ".1%"),
+            *(shown(x, ".3f") for x in (row.draft_ms, row.verify_ms, row.rest_ms, row.ms_per_token)),
+            shown(row.tokens_per_s, ",.1f"),
+            *(shown(x, ".2f") for x in (row.speedup, row.model_speedup)),
+            shown(row.rounds_share, ".0%"),
+            "" if row.status == "ok" else row.status,
+        )
+    return grid

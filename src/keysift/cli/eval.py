@@ -14,12 +14,12 @@ from typer import Exit
 from typer import Option as option
 
 from keysift import LLM
-from keysift.checkpoint import context_tokens
 from keysift.cli import options
 from keysift.cli.generate import INTERRUPTED
 from keysift.cli.models import open_llm
 from keysift.eval import data as files
 from keysift.eval import plots, report, results, ruler, runner, runs
+from keysift.hf.config import context_tokens
 from keysift.requests import QUESTIONS
 from keysift.types import check_seed, one_of
 

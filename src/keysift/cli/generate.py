@@ -52,6 +52,7 @@ def command(
     decode: Annotated[str, option(metavar="SPEC", help="How new tokens read the past, likewise.")] = "dense",
     draft: options.Draft = None,
     gamma: options.Gamma = None,
+    draft_model: options.DraftModel = None,
     max_new_tokens: Annotated[
         int | None, option(metavar="N", show_default=f"{DEFAULT_NEW_TOKENS}, or what fits", help="When to stop.")
     ] = None,
@@ -84,14 +85,15 @@ def command(
 ) -> None:
     """Continue a prompt. The text goes to standard output as it comes, all else to standard error."""
     methods = {"prefill": parse(prefill, "prefill"), "decode": parse(decode, "decode")}
-    check_draft(None if draft is None else parse(draft, "decode"), methods["decode"], gamma)
+    other = draft_model is not None
+    check_draft(None if draft is None else parse(draft, "decode"), methods["decode"], gamma, other)
     choice = sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, max_new_tokens)
     check_range("prefill_chunk", prefill_chunk, 1)
     one_of("kv_device", kv_device, KV_DEVICES)
     if stop and kv_device == "cpu":
         raise ValueError("--stop: not with --kv-device cpu")
-    if draft is not None and kv_device == "cpu":
-        raise ValueError("--draft: not with --kv-device cpu")
+    if (draft is not None or other) and kv_device == "cpu":
+        raise ValueError("--draft and --draft-model: not with --kv-device cpu")
     if tensor_parallel is not None and kv_device == "cpu":
         raise ValueError("--tensor-parallel: not with --kv-device cpu")
     one_of("select_device", select_device, SELECT_DEVICES)
@@ -119,7 +121,7 @@ def command(
     else:
         compiles = (max_new_tokens or DEFAULT_NEW_TOKENS) >= COMPILED
         room: dict[str, Any] = {"max_batch": 1, "max_length": 1, "prefill_chunk": prefill_chunk}  # the prompt says more
-        methods |= {"draft": draft, "gamma": gamma}
+        methods |= {"draft": draft, "gamma": gamma, "draft_model": draft_model}
         how: dict[str, Any] = {**methods, "device": device, "dtype": dtype, "compile_layers": compiles, "seed": seed}
         with open_llm(model, console, tensor_parallel, **room, **how) as llm:
             known = llm.model.get_input_embeddings().num_embeddings

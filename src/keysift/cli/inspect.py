@@ -17,13 +17,14 @@ from typer import Exit
 from typer import Option as option
 
 from keysift import pocket
-from keysift.checkpoint import context_tokens, encode, load, pick_device, pick_dtype
+from keysift.checkpoint import encode, load, pick_device, pick_dtype
 from keysift.cli import options
 from keysift.cli.generate import INTERRUPTED, check_range
 from keysift.cli.prompt import read_prompt
 from keysift.cli.stream import prefill_bar
 from keysift.eval.inspect import Head, Inspection, Layout, choose, inspect, layout
 from keysift.eval.inspect_plot import draw, share
+from keysift.hf.config import context_tokens
 from keysift.methods import describe, parse
 
 DEFAULT_OUT = Path("keysift-inspect.png")

@@ -28,3 +28,7 @@ TensorParallel = Annotated[
 DType = Annotated[
     str, option(metavar="T", help="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16.")
 ]
+DraftModel = Annotated[
+    str | None,
+    option(metavar="PATH", help="A smaller model drafts, over a cache of its own: --draft streaming or snapkv."),
+]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from keysift.checkpoint import context_tokens
+from keysift.hf.config import context_tokens
 
 
 def read_prompt(text: str | None, file: Path | None, dash: str | None) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from keysift.hf.served import decoder_layers
+from keysift.hf.beside import decoder_layers
 from keysift.requests import Delta
 from keysift.text import Detokenizer
 

@@ -56,7 +56,7 @@ class KeysiftLM(HFLM):
     Args:
         pretrained: model folder or hub id, or a loaded model; "pocket" is the model that keysift ships.
         prefill, decode: SPECs or method objects. In a SPEC, ";" may stand for ",".
-        draft: speculative decoding; not in this version.
+        draft: none: drafts change no answer, and are not used here.
         seed: of the methods' random draws.
         question, question_tokens: how the end of each prompt is read, see ``keysift.eval.generate``.
         **kwargs: what lm-eval's own model takes: dtype, device, batch_size, max_length, peft, ...

@@ -24,7 +24,9 @@ def refuse_draft(draft: Any) -> None:
     if draft in (None, "", "none", "None"):
         return
     if method(draft, "decode") != parse("dense", "decode"):
-        raise ValueError(f"draft={draft}: speculative decoding is not in this version: leave draft out")
+        raise ValueError(
+            f"draft={draft}: lm-eval's tasks are answered without drafts, which change no answer: leave draft out"
+        )
 
 
 def glue(text: str, known: Collection[str]) -> str:

@@ -1,7 +1,7 @@
 """Layers that read the same input as one: their weights lie side by side, and compiled code multiplies by all at once.
 
-A matrix product with few rows takes as long as reading its weights, if those are many: queries, keys and values of an 8B
-Llama are 28 us as three products on an H200, and half of that as one. What is not compiled computes each by itself.
+A matrix product with few rows takes as long as reading its weights, if those are many: queries, keys and values of an
+8B Llama are 28 us as three products on an H200, and half of that as one. What is not compiled computes each by itself.
 """
 
 from __future__ import annotations
@@ -114,3 +114,10 @@ def _release(model: nn.Module) -> None:
     """Have the memory of weights that were copied back: it is in pieces that nothing else fits."""
     if next(model.parameters()).device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The model's stack of decoder layers, found by its length; empty where there is no such stack."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next((list(stack) for stack in stacks if len(stack) == count), [])

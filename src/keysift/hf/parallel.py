@@ -116,6 +116,11 @@ def ranks_here() -> int:
     return 1 if _group is None else _group.size
 
 
+def this_rank() -> int:
+    """Of this process in its group; 0 where it has joined none."""
+    return 0 if _group is None else _group.rank
+
+
 def least(number: int) -> int:
     """The least of the processes' numbers."""
     return number if _group is None else _group.least(number)
@@ -128,6 +133,12 @@ def total(numbers: Sequence[float]) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64, device=_group.device)
     dist.all_reduce(sums)
     return [float(x) for x in sums.tolist()]
+
+
+def from_first(x: Tensor) -> Tensor:
+    """What the first process has of a tensor that all have."""
+    dist.broadcast(x, 0)
+    return x
 
 
 def leave(politely: bool = True) -> None:

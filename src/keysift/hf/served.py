@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from keysift import attention as path
 from keysift.cache import Store
 from keysift.hf.attach import Mask, attention_modules, mask_function, refuse_arguments, refuse_unsupported
-from keysift.hf.beside import join_layers, part_layers
+from keysift.hf.beside import decoder_layers, join_layers, part_layers
+from keysift.hf.config import rope_types
 from keysift.hf.paged import captured
 from keysift.hf.parallel import first_head, is_dealt_out, least
 from keysift.hf.slots_cache import SlotsCache
@@ -84,6 +86,7 @@ class ServedModel:
         logits: of the token after it, as the last step found them, fp32 ``[slots, vocabulary]``.
         meter: counts what metered steps read.
         plain_steps: how many steps there were.
+        vocabulary: tokens that logits are of.
         graphed: whether a step is the replay of a graph; None before the first one.
         compiled: whether layers are compiled; None before the first step.
     """
@@ -259,6 +262,10 @@ class ServedModel:
                 store.wait(which)
         return out
 
+    def newest_queries(self, layer: int) -> Tensor:
+        """Of a prompt that goes on, so many as the decode method wants to see, ``[1, T, H, D]``."""
+        return self._tails[layer]
+
     def _now_reading(self) -> Reading:
         assert self._reading is not None
         return self._reading
@@ -344,15 +351,22 @@ class ServedModel:
         """Logits of the newest tokens ``ids``, ``[slots, T]``, whose rows the slots have counted; ``[slots, T, V]``."""
         tokens = ids.shape[1]
         position = self.slots.length[:, None] - tokens + torch.arange(tokens, device=ids.device)
+        return self.computed(ids, position.clamp(min=0), attention)
+
+    def computed(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Logits of tokens ``[B, T]`` at positions, with an attention that may do without the slots."""
         self._attention = attention
         try:
             with torch.no_grad():
-                out = self.model(
-                    input_ids=ids, position_ids=position.clamp(min=0), past_key_values=self.cache, use_cache=True
-                )
+                out = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
         finally:
             self._attention = None
         return out.logits
+
+    def over_all_keys(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of a few new tokens, each over all keys up to its own."""
+        self.stores[layer].write(k, v)
+        return path.short(q, self.stores[layer], scale, window)
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of a decode step."""
@@ -379,15 +393,19 @@ class ServedModel:
         if self.slots.device.type != "cuda" or name in self._tried or self.graphed is False:
             return
         with self._nothing_said():
-            if self.compiled is None:
-                self.compiled = bool(self._layers) and self._try("compile", self._compile)
-                if not self.compiled:
-                    self._layers = []
+            self.prepare(body)
             worked = self._try("capture", lambda: self._capture(name, body))
         self._tried.add(name)  # not where an interrupt has ended it
         if not worked:
             self._graphs.pop(name, None)
         self.graphed = worked if self.graphed is None else self.graphed
+
+    def prepare(self, body: Callable[[], None]) -> None:
+        """Compile layers by having ``body`` computed, if that was not done yet."""
+        if self.compiled is None:
+            self.compiled = bool(self._layers) and self._try("compile", partial(self._compile, body))
+            if not self.compiled:
+                self._layers = []
 
     @contextmanager
     def _nothing_said(self) -> Iterator[None]:
@@ -415,7 +433,7 @@ class ServedModel:
             self.slots.take_back()
         return worked
 
-    def _compile(self) -> None:
+    def _compile(self, body: Callable[[], None]) -> None:
         """Compile one layer; the others alike share its code. A lone sequence's products are sums over rows of weights,
         which compiled code does faster than a matrix product, if its tiles are well chosen."""
         lone = len(self.slots) == 1
@@ -428,7 +446,7 @@ class ServedModel:
             layer.compile(fullgraph=True, dynamic=False, options=options)
             layer.__dict__["_keysift_compiled"] = layer._compiled_call_impl
             layer._compiled_call_impl = None
-        self._step()
+        body()
         self.slots.take_back()
 
     @contextmanager
@@ -459,23 +477,9 @@ def _restore(model: PreTrainedModel, modules: list[nn.Module], implementation: s
     model.set_attn_implementation(implementation)
 
 
-def rope_types(model: Any) -> set[str]:
-    """Kinds of rotary embedding that a model's config names."""
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # of all layers, or of each kind of layer
-    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
-
-
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Streams and graphs made within are the device's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The model's stack of decoder layers, found by its length; empty where there is no such stack."""
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((list(stack) for stack in stacks if len(stack) == count), [])
 
 
 @torch.library.custom_op("keysift::slots_attention", mutates_args=())

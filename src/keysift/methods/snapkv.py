@@ -50,14 +50,14 @@ class Method(BudgetedDecode):
 
     def begin(self, index: Index, kv: KV, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> None:
         kv, prompt, middle = kv.unpaged(), prompt.unpaged(), kv.contains()[:, None]
-        votes = torch.stack([self._votes(h, prompt, tail_q_BTHD, ctx) for h in range(kv.k.shape[2])], 1)
+        votes = torch.stack([self.votes(h, prompt, tail_q_BTHD, ctx) for h in range(kv.k.shape[2])], 1)
         pooled = F.avg_pool1d(votes.masked_fill(~middle, 0), self.kernel, stride=1, padding=self.kernel // 2)
         count = self.quota(tail_q_BTHD[:, 0], kv).of(kv.length)[:, None]
         chosen = Selection.of(top_k(pooled.masked_fill(~middle, -torch.inf), count))
         index["rows"][..., : chosen.rows.shape[-1]] = chosen.rows
         index["count"].copy_(chosen.count)
 
-    def _votes(self, kv_head: int, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Tensor:
+    def votes(self, kv_head: int, prompt: KV, tail_q_BTHD: Tensor, ctx: Ctx) -> Tensor:
         """Attention that the tail's queries of one group pay to each row, summed, fp32 ``[B, S]``."""
         q = group(tail_q_BTHD.float(), prompt.k.shape[2], 2)[:, :, kv_head]
         score = torch.einsum("btgd,bsd->bgts", q, prompt.k[:, :, kv_head].float()) * ctx.scale
