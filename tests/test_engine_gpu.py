@@ -1,5 +1,6 @@
 """The engine on GPUs: compiled steps in graphs round as the model's own code does, alone and together."""
 
+import copy
 import logging
 import math
 import random
@@ -117,6 +118,25 @@ def test_rounds_of_speculation_are_graphs_and_give_greedy_tokens_of_plain_steps(
             assert [x.token_ids for x in llm.generate(prompts, params)] == expected
             assert llm.served.compiled and llm.served.graphed
             assert gamma is None or any(name[0] == "round" for name in llm.served._graphs)
+
+
+@pytest.mark.parametrize("cache", ["streaming:budget=64", "snapkv:window=8,budget=64"])
+def test_a_draft_model_is_part_of_the_graph_and_gives_greedy_tokens_of_plain_steps(cache):
+    tiny.cache_clear()
+    model, other, prompts = tiny("qwen3").cuda(), tiny("llama-llama3-rope-gqa").cuda(), random_prompts(12)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 5, NEW, 60) * 3]
+    with LLM(model, max_batch=4, max_length=200, page=16) as llm:
+        expected = [x.token_ids for x in llm.generate(prompts, params)]
+    for draft_model in (other, copy.deepcopy(model)):
+        options = {"draft": cache, "max_batch": 4, "max_length": 200, "page": 16}
+        for gamma in (3, None):
+            with LLM(model, draft_model=draft_model, gamma=gamma, **options) as llm:
+                out = llm.generate(prompts, params)
+                assert [x.token_ids for x in out] == expected
+                assert llm.served.compiled and llm.served.graphed and llm._drafter.served.compiled
+                assert gamma is None or any(name[0] == "round" for name in llm.served._graphs)
+                rates = [x.stats.accepted_per_round for x in out if x.stats.new_tokens > 5]
+            assert gamma is None or draft_model is other or sum(rates) / len(rates) > 1
 
 
 def test_an_engine_switches_methods_and_lengths_between_graphs():
