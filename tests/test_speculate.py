@@ -10,6 +10,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 import keysift
 from keysift import LLM, SamplingParams
+from keysift.methods import parse
 from keysift.sampling import likeliest
 from keysift.speculate import MOST, Acceptance, Controller, tokens_of_round
 from tests.tiny_models import MODELS, SIZES, prompt, tiny
@@ -87,6 +88,36 @@ def test_however_many_are_drafted(gamma):
     prompts, params = requests(12, 2)
     expected = answers(tiny(NAME), prompts, params)
     all_the_same(answers(tiny(NAME), prompts, params, draft=DRAFTS["quest"], gamma=gamma), expected)
+
+
+@pytest.mark.parametrize("draft", [d for d in DRAFTS if d != "dense"])
+def test_drafts_that_are_never_selected_anew_give_the_same_tokens(draft):
+    prompts, params = requests(12, 5)
+    expected = answers(tiny(NAME), prompts, params)
+    for gamma in (2, None):
+        found = answers(tiny(NAME), prompts, params, draft=DRAFTS[draft], gamma=gamma, refresh="never")
+        all_the_same(found, expected)
+
+
+def test_a_frozen_draft_selects_once_an_answer_and_reads_all_that_came_since():
+    """Selections of the first round, of slots whose first it is; afterwards rows from then on are all read."""
+    counts, prompts = [], [ids(90, n) for n in range(3)]
+    method = parse("quest:budget=24,page=4,window=8,dense_layers=none,dense_below=0", "decode")
+    with LLM(tiny(NAME), draft=method, gamma=2, refresh="never", max_batch=2, max_length=160, page=16) as llm:
+        drafter = llm._work._rounds.drafter
+        keep = drafter.keep
+
+        def note(rows):
+            kept = drafter._kept[0]
+            counts.append((drafter.selects, (kept.start + kept.length).tolist()))
+            keep(rows)
+
+        drafter.keep = note
+        llm.generate(prompts, [SamplingParams(max_new_tokens=n) for n in (40, 50, 20)])
+    assert sum(selects for selects, _ in counts) == 3 and len(counts) > 20  # two begin one after another, one later
+    ends = [end for _, end in counts]
+    assert {end for pair in ends for end in pair} <= {0, 83, 84, 85, 86}  # what was before the window at first
+    assert counts[0][0] and not counts[-1][0]
 
 
 @pytest.mark.parametrize("place", range(1, 14))

@@ -215,7 +215,8 @@ def attend(q_BHD: Tensor, store: Store, method: Decode, selection: Selection | N
     kv = store.view()
     if selection is None:
         return short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
-    return gather_attention(q_BHD, kv, selection, ctx.scale, store.middle(method), q_BHD.dtype)
+    outside = method.sinks + method.window if method.grows else None
+    return gather_attention(q_BHD, kv, selection, ctx.scale, store.middle(method), q_BHD.dtype, outside=outside)
 
 
 def short(q_BTHD: Tensor, store: Store, scale: float, window: int | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from keysift.requests import Delta, OnText, Request, RequestOutput, check_questi
 from keysift.sampling import SamplingParams
 from keysift.scheduler import Room, Scheduler
 from keysift.slots import Slots, check_page
-from keysift.speculate import MOST, check_draft
+from keysift.speculate import MOST, REFRESHES, check_draft, check_refresh
 from keysift.text import Detokenizer
 from keysift.types import check_seed
 from keysift.workers import serve
@@ -75,6 +75,7 @@ class LLM:
         draft: Any = None,
         gamma: int | None = None,
         draft_model: str | Path | PreTrainedModel | None = None,
+        refresh: str = "verify",
     ) -> None:
         """Load a model and make room for its sequences.
 
@@ -105,6 +106,8 @@ class LLM:
             draft_model: folder, hub id or loaded model of the same vocabulary that drafts instead. ``draft``, streaming
                 or snapkv, then says what its own cache keeps and by ``budget`` how many rows of a sequence, whatever
                 the context; default streaming, 1,024 or what it was made for. Of several processes the first has it.
+            refresh: "verify" has the draft method select in each round, by the query of the token that the pass before
+                gave; "never" once an answer, after which all later rows are read too (MagicDec's; acceptance falls).
 
         Raises:
             ValueError: a model, method, option or size that cannot be served; says what could.
@@ -120,6 +123,7 @@ class LLM:
         drafts = None if draft is None else parse(draft, "decode")
         check_shares(reuse_prefixes, methods[1] if drafts is None or draft_model is not None else drafts)
         check_draft(drafts, methods[1], gamma, draft_model is not None)
+        check_refresh(refresh, drafts, draft_model is not None)
         self._ranks: Ranks | None = None
         self._drafter: DraftModel | Elsewhere | None = None
         if isinstance(model, (str, Path)):
@@ -141,7 +145,7 @@ class LLM:
             if draft_model is not None:
                 self._drafter = self._load_draft(draft_model, drafts, dtype, compile_layers)
             room, ends = Room(page, max_length, kv_memory), eos_tokens(self.model, self.tokenizer)
-            alone = prefill_chunk, reuse_prefixes, every, gamma, self._drafter
+            alone = prefill_chunk, reuse_prefixes, every, gamma, self._drafter, refresh == REFRESHES[0]
             self._work = Scheduler(self.served, room, self.max_batch, ends, *alone)
         except BaseException:
             if hasattr(self, "served"):
@@ -472,5 +476,5 @@ def work() -> None:
 _OF_WORKERS = (
     *("model", "prefill", "decode", "device", "dtype", "max_batch", "max_length", "kv_memory", "page"),
     *("prefill_chunk", "reuse_prefixes", "compile_layers", "seed", "count_every", "measure_error", "draft", "gamma"),
-    "draft_model",
+    *("draft_model", "refresh"),
 )

@@ -55,6 +55,7 @@ class Scheduler:
         count_every: int,
         gamma: int | None = None,
         draft_model: DraftModel | Elsewhere | None = None,
+        refreshes: bool = True,
     ) -> None:
         """Make room; raises ValueError where not even one sequence fits.
 
@@ -65,9 +66,10 @@ class Scheduler:
             eos: tokens that end an answer.
             prefill_chunk, reuse_prefixes, count_every, gamma: as of ``LLM``.
             draft_model: who drafts, if not the model itself by its draft method.
+            refreshes: whether the draft method selects in each round.
         """
         self.served, self.max_batch, self.prefill_chunk = served, max_batch, prefill_chunk
-        self.draft_model = draft_model
+        self.draft_model, self._refreshes = draft_model, refreshes
         self._eos, self._reuses, self._count_every = frozenset(eos), reuse_prefixes, count_every
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
@@ -94,7 +96,7 @@ class Scheduler:
         self._rounds: Rounds | None = None
         self._controller: Controller | None = None
         if drafts:
-            drafter = self.draft_model or OwnDraft(self.served, MOST)
+            drafter = self.draft_model or OwnDraft(self.served, MOST, self._refreshes)
             self._rounds = Rounds(self.served, MOST, self.sampler.guess, drafter)
             other = (drafter.served, drafter.rows) if isinstance(drafter, DraftModel) else None
             cost = draft_cost(self.served, self.max_batch, self.max_length, other)
@@ -252,11 +254,11 @@ class Scheduler:
         ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
         every = self._rounds.run(gamma, None if greedy else places, counted, before)
         which = torch.tensor(slots, device=every.device)
-        drafted, logits = self._rounds.tokens[which, 1 : gamma + 1], every[which]
+        drafted = self._rounds.tokens[which, 1 : gamma + 1]
         if greedy:
-            found = logits.argmax(-1)
+            found = every.argmax(-1)[which]
         else:
-            found = self.sampler.tokens_after(logits, drafted, slots, [places[slot] for slot in slots])
+            found = self.sampler.tokens_after(every[which], drafted, slots, [places[slot] for slot in slots])
         accepted = self.accepted(drafted, found)
         newest = self.served.ids[:, 0].clone()
         newest[which] = found.gather(1, accepted[:, None])[:, 0]
@@ -265,11 +267,11 @@ class Scheduler:
         for slot, (*_, count) in zip(slots, known, strict=True):
             rows[slot] = count + 1
         self._rounds.keep(rows, newest)
-        for i, (slot, request, (*tokens, count)) in enumerate(zip(slots, requests, known, strict=True)):
+        for slot, request, (*tokens, count) in zip(slots, requests, known, strict=True):
             request.rounds, request.accepted = request.rounds + 1, request.accepted + count
             request.acceptance.note(count, gamma)
             self.sampler.note(slot, tokens[: count + 1])
-            self._take(slot, tokens[: count + 1], logits[i])
+            self._take(slot, tokens[: count + 1], None if request.params.logprobs is None else every[slot])
         return ready
 
     def _counts(self, requests: list[Request]) -> bool:
@@ -330,8 +332,8 @@ class Scheduler:
             read = read.plus(of_steps)
             self.served.deactivate(slot)
             self.sampler.end(slot)
-            if self.draft_model is not None:
-                self.draft_model.forget(slot)
+            if self._rounds is not None:
+                self._rounds.drafter.forget(slot)
             self.slots.free(slot)
             del self.running[slot]
             if self._reading == slot:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from keysift.methods import describe, parse
-from keysift.types import Decode
+from keysift.types import Decode, one_of
 
 MOST = 8  # tokens drafted at a time
+REFRESHES = "verify", "never"
 GAMMAS = (2, 4, 7)  # which are worth trying: within some 2% of the best one at any acceptance
 PRIOR = 0.75  # acceptance that is assumed before any is known
 WEIGHT = 4.0  # in tokens, of what was assumed
@@ -24,6 +25,13 @@ FADES = 0.98  # a round, of what was seen
 SLOWER = {"cuda": 0.05, "cpu": 0.35}  # what a token more adds to a pass, as a share of a step, before it is measured
 AGAIN = 256  # rounds after which a plain step is timed again, and steps after which drafting is tried again
 WORTH = 1.03  # times plain decoding's speed that a round has to promise
+
+
+def check_refresh(refresh: str, draft: Decode | None, model: bool) -> None:
+    """Raise ValueError for a ``refresh`` that is not "verify" or "never", or where nothing selects again anyway."""
+    one_of("refresh", refresh, REFRESHES)
+    if refresh != REFRESHES[0] and (draft is None or model):
+        raise ValueError(f"refresh={refresh}: needs a draft over the model's own keys, such as draft=quest:budget=512")
 
 
 def check_draft(draft: Decode | None, decode: Decode, gamma: object, model: bool = False) -> None:

@@ -219,8 +219,20 @@ def test_drafted_text_is_that_of_dense_decoding(cli: Cli, folders: dict[str, Pat
         assert out["token_ids"] == dense["token_ids"] and out["text"] == dense["text"]
         assert not more or 0 <= out["stats"]["accepted_per_round"] <= 3
     assert "drafted tokens accepted a round" in cli(*args[:-1], "--draft", "dense", "--gamma", 2).err
+    other = ["--draft-model", folders["model"], "--gamma", 4]
+    for more in (other, ["--draft", "quest:keep=0.2,dense_below=0", "--gamma", 2, "--refresh", "never"]):
+        out = json_of(cli(*args, *more))
+        assert out["token_ids"] == dense["token_ids"]
+        assert more != other or out["stats"]["accepted_per_round"] == 4  # by its like, which sees all of this prompt
     for wrong, message in (
         (["--gamma", 3], "gamma=3: needs a draft"),
+        (["--refresh", "never"], "refresh=never: needs a draft over the model's own keys"),
+        ([*other, "--refresh", "never"], "refresh=never: needs a draft over the model's own keys"),
+        (["--draft", "quest", "--refresh", "often"], "refresh=often: choose verify or never"),
+        (["--draft-model", "nowhere/at-all"], "model=nowhere/at-all"),
+        (["--draft-model", folders["model"], "--draft", "quest"], "a draft model's cache is streaming or snapkv"),
+        (["--draft-model", folders["model"], "--draft", "streaming:budget=20"], "budget=20 is too small"),
+        (["--draft-model", folders["model"], "--kv-device", "cpu"], "--draft-model: not with --kv-device cpu"),
         (["--draft", "quest", "--decode", "quest"], "drafts are checked against all keys"),
         (["--draft", "quest", "--kv-device", "cpu"], "--draft: not with --kv-device cpu"),
     ):

@@ -63,6 +63,7 @@ class Setup:
         copy_gb_s: what ``copy_gb_s`` found; None leaves the floor out.
         acceptance: probability with which each drafted token is assumed to stand, above 0 and up to 1: over noise, and
             with random weights, what drafts and model say means nothing. None compares tokens, as the engine does.
+        refresh: of drafts, as of ``LLM``.
     """
 
     prefill: Any = DENSE
@@ -73,6 +74,7 @@ class Setup:
     tensor_parallel: int = 1
     copy_gb_s: float | None = None
     acceptance: float | None = None
+    refresh: str = "verify"
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -332,6 +334,7 @@ def _engine(shape: Shape, subject: Subject, setup: Setup, run: Run) -> LLM:
             draft=run.draft,
             gamma=run.gamma,
             draft_model=subject.draft_model if run.other else None,
+            refresh=setup.refresh if run.drafts else "verify",
         )
     except ValueError as error:
         if str(error).startswith(f"max_length={rows}:"):

@@ -27,7 +27,7 @@ from keysift.hf.attach import KV_DEVICES
 from keysift.methods import parse
 from keysift.offload import SELECT_DEVICES
 from keysift.sampling import SamplingParams
-from keysift.speculate import check_draft
+from keysift.speculate import check_draft, check_refresh
 from keysift.types import one_of
 
 DEFAULT_NEW_TOKENS = 256
@@ -53,6 +53,7 @@ def command(
     draft: options.Draft = None,
     gamma: options.Gamma = None,
     draft_model: options.DraftModel = None,
+    refresh: options.Refresh = "verify",
     max_new_tokens: Annotated[
         int | None, option(metavar="N", show_default=f"{DEFAULT_NEW_TOKENS}, or what fits", help="When to stop.")
     ] = None,
@@ -86,16 +87,14 @@ def command(
     """Continue a prompt. The text goes to standard output as it comes, all else to standard error."""
     methods = {"prefill": parse(prefill, "prefill"), "decode": parse(decode, "decode")}
     other = draft_model is not None
-    check_draft(None if draft is None else parse(draft, "decode"), methods["decode"], gamma, other)
+    drafts = None if draft is None else parse(draft, "decode")
+    check_draft(drafts, methods["decode"], gamma, other)
+    check_refresh(refresh, drafts, other)
     choice = sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, max_new_tokens)
     check_range("prefill_chunk", prefill_chunk, 1)
     one_of("kv_device", kv_device, KV_DEVICES)
-    if stop and kv_device == "cpu":
-        raise ValueError("--stop: not with --kv-device cpu")
-    if (draft is not None or other) and kv_device == "cpu":
-        raise ValueError("--draft and --draft-model: not with --kv-device cpu")
-    if tensor_parallel is not None and kv_device == "cpu":
-        raise ValueError("--tensor-parallel: not with --kv-device cpu")
+    if kv_device == "cpu":
+        refuse_beside_host(stop=stop, draft=draft, draft_model=draft_model, tensor_parallel=tensor_parallel)
     one_of("select_device", select_device, SELECT_DEVICES)
     if host_memory is not None and not 0 < host_memory < math.inf:
         raise ValueError(f"host_memory={host_memory}: choose more than 0, in GiB")
@@ -121,7 +120,7 @@ def command(
     else:
         compiles = (max_new_tokens or DEFAULT_NEW_TOKENS) >= COMPILED
         room: dict[str, Any] = {"max_batch": 1, "max_length": 1, "prefill_chunk": prefill_chunk}  # the prompt says more
-        methods |= {"draft": draft, "gamma": gamma, "draft_model": draft_model}
+        methods |= {"draft": draft, "gamma": gamma, "draft_model": draft_model, "refresh": refresh}
         how: dict[str, Any] = {**methods, "device": device, "dtype": dtype, "compile_layers": compiles, "seed": seed}
         with open_llm(model, console, tensor_parallel, **room, **how) as llm:
             known = llm.model.get_input_embeddings().num_embeddings
@@ -138,6 +137,13 @@ def command(
         console.print(closing_line(out), highlight=False, soft_wrap=True)
     if out.interrupted:
         raise Exit(INTERRUPTED)
+
+
+def refuse_beside_host(**options: Any) -> None:
+    """Raise ValueError for what the engine alone does."""
+    for name, value in options.items():
+        if value not in (None, []):
+            raise ValueError(f"--{name.replace('_', '-')}: not with --kv-device cpu")
 
 
 def check_range(name: str, value: int | None, low: int, high: float = math.inf) -> None:

@@ -28,6 +28,9 @@ TensorParallel = Annotated[
 DType = Annotated[
     str, option(metavar="T", help="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16.")
 ]
+Refresh = Annotated[
+    str, option(metavar="WHEN", help="When drafts select keys: verify (after each pass) or never (once an answer).")
+]
 DraftModel = Annotated[
     str | None,
     option(metavar="PATH", help="A smaller model drafts, over a cache of its own: --draft streaming or snapkv."),

@@ -15,7 +15,7 @@ from keysift.eval.results import Record
 from keysift.eval.statistics import Estimate, average, mean_score, paired_difference
 
 AVERAGE = "average"
-READ = ("prefill_density", "kept_fraction", "bytes_per_step", "prefill_error", "decode_error")
+READ = ("prefill_density", "kept_fraction", "bytes_per_step", "prefill_error", "decode_error", "accepted_per_round")
 SPEED = ("ttft_s", "tokens_per_s")
 
 
@@ -139,7 +139,8 @@ def to_csv(made: list[Cell]) -> str:
 def table(made: list[Cell], settings: dict[str, Any]) -> Table:
     """Rows by length, task and run; percent with 95% intervals; a cell with failures is marked."""
     shown = Table(title=caption(settings), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    measured = [f for f in ("prefill_error", "decode_error") if any(c.read[f] is not None for c in made)]
+    sometimes = "prefill_error", "decode_error", "accepted_per_round"
+    measured = [f for f in sometimes if any(c.read[f] is not None for c in made)]
     for name in ("length", "task", "run"):
         shown.add_column(name, overflow="fold")
     titles = ["score %", "samples", "less dense", "density", "kept", "MB/step", *measured, "first token", "tokens/s"]

@@ -15,6 +15,7 @@ import keysift
 from keysift.engine import LLM, NO_DRAFT
 from keysift.eval import ruler
 from keysift.eval.data import FILES, Data
+from keysift.eval.report import READ
 from keysift.eval.results import Folder, Key, Record
 from keysift.eval.runs import Run
 from keysift.hf.parallel import local_part
@@ -22,7 +23,6 @@ from keysift.requests import RequestOutput
 from keysift.sampling import SamplingParams
 
 HARNESS = "lm:"  # what the names of lm-eval's tasks begin with here
-READ = ("prefill_density", "kept_fraction", "bytes_per_step", "prefill_error", "decode_error")  # of what stats say
 ASSUMED_TOKENS = 4096  # weight in the estimate of the time left of a sample whose length is not known
 
 

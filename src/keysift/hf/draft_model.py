@@ -38,6 +38,8 @@ class DraftModel:
         spare: rows that are free after rows have gone, to read more into.
     """
 
+    selects = False
+
     def __init__(
         self, model: PreTrainedModel, method: Decode, most: int, vocabulary: int, compile_layers: bool = True
     ) -> None:
@@ -207,6 +209,8 @@ class DraftModel:
 
 class Elsewhere:
     """A draft model of another process, which says what it drafted."""
+
+    selects = False
 
     def open(self, sequences: int, page: int) -> None: ...
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from keysift import attention as path
+from keysift.cache import Store
 from keysift.hf.parallel import from_first, is_dealt_out
 from keysift.hf.served import ServedModel
+from keysift.methods import streaming
 from keysift.ops.dense import dense_attention
-from keysift.types import Selection
+from keysift.ops.gather import gather_attention
+from keysift.types import KV, Ctx, Selection
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor, int], Tensor]
@@ -37,6 +41,13 @@ class Drafter(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """So many tokens more of each slot are said, the round's newest included."""
+
+    def forget(self, slot: int) -> None:
+        """What a slot held is no more."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether the round at hand selects rows: one that does not is another graph."""
 
     def take_back(self) -> None:
         """Undo what a round that failed has appended."""
@@ -92,10 +103,9 @@ class Rounds:
             raise
         return self._logits[gamma]
 
-    @staticmethod
-    def name(gamma: int, draws: bool, metered: bool) -> tuple[str, int, bool, bool]:
-        """Of a round's graph."""
-        return "round", gamma, draws, metered
+    def name(self, gamma: int, draws: bool, metered: bool) -> tuple[str, int, bool, bool, bool]:
+        """Of the graph of the round at hand."""
+        return "round", gamma, draws, metered, self.drafter.selects
 
     def keep(self, rows: Sequence[int], newest: Tensor) -> None:
         """Lengthen slots by so many of the round's rows; ``newest`` are the tokens after those, int64 ``[slots]``."""
@@ -123,23 +133,45 @@ class Rounds:
             slots.length -= gamma + 1
 
 
+class Kept(NamedTuple):
+    """What a layer's method has selected for each slot, and where the middle was then: rows after it are all read."""
+
+    selection: Selection
+    start: Tensor
+    length: Tensor
+
+
 class OwnDraft:
     """Drafts by ``served.draft_method`` over the cache of the model itself.
 
-    Of a round the method selects once; later steps read the same rows, and their own. Methods that draw rows with
-    weights select in each step: the weights belong to one query.
+    Of a round the method selects once, by the query of the token that the last pass gave; later steps read the same
+    rows, and their own. Methods that draw rows with weights select in each step: the weights belong to one query.
+    Without ``refresh`` what an answer's first round selects is read to its end, unweighted, and all rows since.
     """
 
-    def __init__(self, served: ServedModel, most: int) -> None:
+    def __init__(self, served: ServedModel, most: int, refresh: bool = True) -> None:
         assert served.draft_method is not None
         self.served, self.method, self.most = served, served.draft_method, most
+        self.refresh = refresh or not self.method.grows or isinstance(self.method, streaming.Method)  # by no query
         self._chosen: dict[int, Selection | None] = {}  # by layer, of the round at hand
-        self._selects = False
+        self._kept: dict[int, Kept | None] = {}
+        self.selects, self._selects = True, False
         self._plain_steps = served.plain_steps
+        self._new = torch.ones(len(served.slots), dtype=torch.bool, device=served.slots.device)  # slots to select for
+        self._unselected = set(range(len(served.slots)))
+
+    def forget(self, slot: int) -> None:
+        """As of ``Drafter``."""
+        self._unselected.add(slot)
 
     def begin(self, before: Sequence[int]) -> None:
-        """Side data of what plain steps have appended, which do not need them."""
+        """Which slots are to be selected for; and side data of what plain steps have appended, which do not need
+        them."""
         served = self.served
+        new = self._unselected & served.active
+        self.selects = self.refresh or not self._kept or bool(new)
+        if new and not self.refresh:
+            self._new.copy_(torch.tensor([slot in new for slot in range(len(served.slots))]))
         missing = served.plain_steps - self._plain_steps
         if not missing or served.slots.device.type != "cuda":  # elsewhere the store knows what it has appended
             return
@@ -159,7 +191,7 @@ class OwnDraft:
         with slots.unknown_lengths(slots.capacity), served.compiled_layers():
             for i in range(gamma):
                 slots.append(one)
-                self._selects = i == 0
+                self._selects = self.selects and i == 0
                 logits = served.forward(tokens[:, i : i + 1], self._attend)[:, 0]
                 tokens[:, i + 1] = logits.argmax(-1) if choose is None else choose(logits, i)
             slots.length -= gamma
@@ -168,6 +200,7 @@ class OwnDraft:
     def keep(self, rows: Sequence[int]) -> None:
         """As of ``Drafter``."""
         self._plain_steps = self.served.plain_steps
+        self._unselected -= self.served.active
 
     def take_back(self) -> None:
         """The slots are those of the model, which does it."""
@@ -180,7 +213,41 @@ class OwnDraft:
         if window is not None:
             return dense_attention(q, store.view(), scale, window)
         ctx = served.ctx(layer, scale)
+        if not self.refresh:
+            return self._attend_as_before(layer, q[:, 0], store, ctx)
         chosen = self._chosen.get(layer)
         if self._selects or (chosen is not None and chosen.log_w is not None):  # weights are of one query
             self._chosen[layer] = path.select(q[:, 0], store, self.method, ctx, served.metering)
         return path.attend(q[:, 0], store, self.method, self._chosen[layer], ctx).out
+
+    def _attend_as_before(self, layer: int, q_BHD: Tensor, store: Store, ctx: Ctx) -> Tensor:
+        """The same over what was selected once for each slot, and all rows after the middle of then."""
+        if self._selects:
+            found = path.select(q_BHD, store, self.method, ctx, self.served.metering)
+            self._keep_selected(layer, found, store.middle(self.method))
+        kept = self._kept[layer]
+        if kept is None:
+            return path.attend(q_BHD, store, self.method, None, ctx).out
+        kv = store.view()
+        start = torch.minimum(torch.maximum(kept.start, kv.start), kv.end)  # slots without a sequence have less by now
+        length = torch.minimum(kept.length, kv.end - start)
+        middle = store.middle(self.method)._replace(start=start, length=length)
+        return gather_attention(q_BHD, kv, kept.selection, ctx.scale, middle, q_BHD.dtype).out
+
+    def _keep_selected(self, layer: int, found: Selection | None, middle: KV) -> None:
+        """Of new slots; on a GPU, where lists of a method are all as wide, buffers stay where they are, for graphs."""
+        if found is None:
+            self._kept[layer] = None
+            return
+        old, rows = self._kept.get(layer), found.rows
+        if old is None:
+            none = Selection(torch.zeros_like(rows), torch.zeros_like(found.count))
+            old = Kept(none, torch.zeros_like(middle.start), torch.zeros_like(middle.length))
+        wider = rows.shape[-1] - old.selection.rows.shape[-1]
+        if wider > 0:
+            old = old._replace(selection=old.selection._replace(rows=F.pad(old.selection.rows, (0, wider))))
+        self._kept[layer] = old
+        there = F.pad(rows, (0, max(0, -wider))), found.count, middle.start, middle.length
+        for x, now in zip((*old.selection[:2], old.start, old.length), there, strict=True):
+            new = self._new.view(-1, *[1] * (x.dim() - 1))
+            x.copy_(torch.where(new, now, x))

@@ -85,6 +85,7 @@ class ServedModel:
         ids: newest token of each slot, which the next step reads, int64 ``[slots, 1]``.
         logits: of the token after it, as the last step found them, fp32 ``[slots, vocabulary]``.
         meter: counts what metered steps read.
+        active: slots that take part in steps.
         plain_steps: how many steps there were.
         vocabulary: tokens that logits are of.
         graphed: whether a step is the replay of a graph; None before the first one.
@@ -182,7 +183,7 @@ class ServedModel:
         self._one = torch.ones(len(slots), dtype=torch.int64, device=device)
         self._idle = torch.ones_like(self._one)  # 1 where a slot takes no part in steps
         self.meter = StepMeter(self._idle, self.measure_error)
-        self._active = [False] * len(slots)
+        self.active: set[int] = set()
         self._reading: Reading | None = None
         self._metering = False
         self.plain_steps = 0
@@ -275,15 +276,13 @@ class ServedModel:
     def activate(self, slot: int, token: int | Tensor) -> None:
         """Have steps go on with a slot, from ``token`` on."""
         self.ids[slot] = token
-        self._set_active(slot, True)
+        self.active.add(slot)
+        self._idle[slot] = 0
 
     def deactivate(self, slot: int) -> None:
         """Leave a slot out of further steps."""
-        self._set_active(slot, False)
-
-    def _set_active(self, slot: int, active: bool) -> None:
-        self._active[slot] = active
-        self._idle[slot] = int(not active)
+        self.active.discard(slot)
+        self._idle[slot] = 1
 
     def step(self, metered: bool = False) -> None:
         """One more token of the active slots: ``ids`` becomes the likeliest ones, ``logits`` what they were of.
@@ -295,7 +294,7 @@ class ServedModel:
         graph of its own and a little longer.
         """
         self.run(("step", metered), self._step, metered)
-        self.slots.note([int(x) for x in self._active])
+        self.slots.note([int(slot in self.active) for slot in range(len(self.slots))])
         self.plain_steps += 1
 
     def run(self, name: Any, body: Callable[[], None], metered: bool = False) -> None:

@@ -19,6 +19,7 @@ def gather_attention(
     middle: KV | None = None,
     dtype: torch.dtype = torch.float32,
     splits: int | None = None,
+    outside: int | None = None,
 ) -> Partial:
     """Self-normalised importance sampling over the selected rows (arXiv:2410.16179).
 
@@ -37,6 +38,7 @@ def gather_attention(
             read too, with weight 1: all rows of a sequence whose middle is empty.
         dtype: of the output.
         splits: shares of a head's rows; None chooses by the device. Never changes more than rounding.
+        outside: rows of ``kv`` outside ``middle`` at most, if the host knows; likewise.
 
     Returns:
         Partial with T = 1.
@@ -45,7 +47,7 @@ def gather_attention(
         from keysift.ops import gather_triton, split_merge_triton
 
         if split_merge_triton.takes(q_BHD, kv):
-            return gather_triton.gather(q_BHD, kv, selection, scale, middle, dtype, splits)
+            return gather_triton.gather(q_BHD, kv, selection, scale, middle, dtype, splits, outside=outside)
     if attention_cpu.takes(q_BHD, kv):
         return attention_cpu.gather(q_BHD, kv, selection, scale, middle, dtype)
     return gather_attention_reference(q_BHD, kv, selection, scale, middle, dtype)

@@ -30,6 +30,7 @@ from keysift.ops.split_merge_triton import (
 from keysift.types import KV, Law, Partial, Selection
 
 NO_WEIGHT, GIVEN_WEIGHT, LAW_WEIGHT = 0, 1, 2
+ROWS_OF_SPLIT = 256  # less is not worth merging, once all multiprocessors have something to do
 TILE_ROWS = 128  # pairs of a token and a head that share one reading of the keys
 
 
@@ -63,6 +64,7 @@ def gather(
     dtype: torch.dtype = torch.float32,
     splits: int | None = None,
     config: Config | None = None,
+    outside: int | None = None,
 ) -> Partial:
     """``gather_attention`` on the device."""
     batch, _, dim = q_BHD.shape
@@ -71,8 +73,11 @@ def gather(
         q_BHD.shape[1] // slots, dim, kv.v.shape[-1], widened(q_BHD, kv), isinstance(selection.log_w, Law)
     )
     if splits is None:
-        most = width + (0 if middle is None else kv.bound)
-        splits = splits_of(q_BHD, batch * slots, -(-most // config.block_n), 4)
+        most = width + (0 if middle is None else kv.bound if outside is None else min(outside, kv.bound))
+        tiles = -(-most // config.block_n)
+        splits = splits_of(q_BHD, batch * slots, tiles, 4)
+        full = splits_of(q_BHD, batch * slots, tiles, 1)  # a program for each multiprocessor
+        splits = min(splits, max(full, most // ROWS_OF_SPLIT))
     run = prepare(q_BHD[:, None], kv, slots, splits, config, dtype)
     rows, count, log_w = selection.rows, selection.count, selection.log_w
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
