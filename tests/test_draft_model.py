@@ -41,7 +41,7 @@ def test_the_tokens_are_those_of_plain_decoding(half_right, cache, gamma):
         assert 0.3 < sum(rates) / len(rates) < 3
 
 
-@pytest.mark.parametrize("name", [m if m == "glm4" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+@pytest.mark.parametrize("name", [m if m == "glm4" else pytest.param(m, marks=pytest.mark.soak) for m in MODELS])
 def test_every_architecture_drafts_for_every_other(name):
     prompts, params = requests(5, 3)
     other = OTHER if name == NAME else NAME
@@ -128,9 +128,9 @@ def test_keys_are_turned_to_what_they_are_at_another_position(name):
     turner = Turner(served)
     for begin, end in ((0, 900), (900, 13), (77, 76)):
         here, there = (lone_keys(served, at)[0] for at in (begin, end))
-        for layer, (k, wanted) in enumerate(zip(here, there, strict=True)):
+        for k, wanted in zip(here, there, strict=True):
             by = torch.full((k.shape[2], 1), end - begin)
-            turned = turner.turned(layer, k[0].transpose(0, 1), by)
+            turned = turner.turned(k[0].transpose(0, 1), by)
             torch.testing.assert_close(turned, wanted[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
             assert begin - end == 1 or not torch.allclose(k, wanted, atol=1e-2)
     served.close()
@@ -158,7 +158,7 @@ def test_snapkv_keeps_what_the_newest_queries_attend_to_with_keys_turned_to_wher
             votes[-8:] = torch.inf
             assert found == votes.topk(kept).indices.sort().values.tolist()
             by = torch.arange(kept) - torch.tensor(found)
-            turned = drafter._turner.turned(layer, k[found][None], by[None])[0]
+            turned = drafter._turner.turned(k[found][None], by[None])[0]
             torch.testing.assert_close(now.k[0, :kept, head], turned)
     drafter.close()
 
@@ -175,6 +175,8 @@ def test_snapkv_keeps_what_the_newest_queries_attend_to_with_keys_turned_to_wher
         ({"draft": "streaming:budget=20"}, "budget=20 is too small; choose 64 or more"),
         ({"draft": "streaming:budget=5000"}, "budget=5000, and the draft model's context is 4,096 tokens; choose less"),
         ({"gamma": 0}, "gamma=0: choose 1 to 8"),
+        ({"draft_model": 3}, "draft_model=3: pass a folder, a hub id or a loaded model"),
+        ({"kv_memory": 1000, "max_length": None}, "kv_memory=1000: the draft model's cache needs"),
         ({"decode": "quest"}, "a draft model and decode=quest"),
         ({"draft_model": build("Llama", vocab_size=96)}, "its vocabulary (96 tokens) is not the model's (97)"),
         ({"draft_model": tiny(NAME)}, "is served already"),
@@ -199,6 +201,86 @@ def test_a_draft_models_cache_cannot_be_switched_but_methods_can(half_right):
             llm.switch(draft="streaming:budget=64")
         llm.switch(max_length=120)
         all_the_same(llm.generate(ids(20), SamplingParams(max_new_tokens=20)), first)
+
+
+def test_methods_cannot_be_switched_to_what_drafts_are_not_checked_against(half_right):
+    with (
+        LLM(tiny(NAME), draft_model=copy.deepcopy(half_right), max_length=100) as llm,
+        pytest.raises(ValueError, match="a draft model and decode=quest"),
+    ):
+        llm.switch(decode="quest:keep=0.3,page=4,window=8")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_models_whose_rope_depends_on_the_longest_position_take_no_draft_model(rope_type, half_right):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if rope_type == "longrope" else {}
+    model = build("Llama", rope_parameters=rope, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="depends on the longest position of a pass, drafted tokens included"):
+        LLM(model, draft_model=copy.deepcopy(half_right), max_batch=1, max_length=100)
+
+
+def test_tokens_that_the_draft_model_has_no_embedding_for_are_drafted_after(half_right, monkeypatch):
+    """Padding of a larger table, which prompts may hold all the same."""
+    big = build("Llama", vocab_size=130)
+    prompts, params = [[5, 6, 120, 7, 128, 9], ids(80)], SamplingParams(max_new_tokens=30)
+    expected = answers(big, prompts, params)
+    options = {"draft_model": copy.deepcopy(half_right), "gamma": 3}
+    with pytest.raises(ValueError, match="its vocabulary"):
+        LLM(big, **options, max_length=100)
+    monkeypatch.setattr("keysift.ranks.check_vocabularies", lambda *_: None)  # as of equal tokenizers
+    all_the_same(answers(big, prompts, params, **options), expected)
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_after_an_interrupt_in_a_round_others_go_on(half_right, cache):
+    options = {"draft": cache, "gamma": 3, "max_length": 300, "page": 16}
+    with LLM(tiny(NAME), draft_model=copy.deepcopy(half_right), **options) as llm:
+        take, calls = llm._work._take, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            take(*args)
+
+        llm._work._take = interrupted
+        index = llm.submit(ids(40), SamplingParams(max_new_tokens=40))
+        with pytest.raises(KeyboardInterrupt):
+            list(iter(llm.step, None))
+        for _ in range(60):
+            llm.step()
+        assert index == 0 and not llm.unfinished
+
+
+def test_reading_a_prompt_is_not_taken_for_the_time_of_a_round(half_right, monkeypatch):
+    """Else drafting would stop for hundreds of steps with each request that comes."""
+    now, model = [0.0], copy.deepcopy(half_right)
+    monkeypatch.setattr("keysift.scheduler.time.perf_counter", lambda: now[0])
+    with LLM(tiny(NAME), draft_model=model, draft=CACHES["streaming"], max_batch=2, max_length=400, page=16) as llm:
+        drafter, work = llm._drafter, llm._work
+        work._controller.draft_cost = 0.1
+        follow, step, run = drafter.follow, llm.served.step, work._rounds.run
+        work.accepted = lambda drafted, found: torch.full((len(drafted),), drafted.shape[1])
+
+        def slow_follow(*args):
+            began = follow(*args)
+            now[0] += 10.0 if began else 0.0
+            return began
+
+        def slow_step(*args, **kwargs):
+            now[0] += 1.0
+            step(*args, **kwargs)
+
+        def slow_run(gamma, *args):
+            now[0] += 1.1 + 0.1 * gamma
+            return run(gamma, *args)
+
+        drafter.follow, llm.served.step, work._rounds.run = slow_follow, slow_step, slow_run
+        out = llm.generate([ids(30, n) for n in range(6)], SamplingParams(max_new_tokens=60))
+        rounds = sum(1 for x in out if (x.stats.accepted_per_round or 0) > 2)
+    assert rounds == 6
+    assert now[0] < 6 * 10 + 6 * 60 / 2
 
 
 def test_requests_that_end_leave_nothing_to_those_in_their_slots(half_right):

@@ -155,8 +155,10 @@ def test_requests_in_a_batch_get_the_tokens_they_get_alone(method, chunk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-@pytest.mark.parametrize("method", DECODE)
+@pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "method", [m if m in ("dense", "quest") else pytest.param(m, marks=pytest.mark.soak) for m in DECODE]
+)
 def test_hundreds_of_requests_get_the_tokens_they_get_alone(method, seed):
     check_any_batch(DECODE[method], 200, seed, 15, max_batch=5, prefill_chunk=[None, 32][seed % 2])
 

@@ -244,7 +244,7 @@ def factors(probe, codes, size, kv, planes, quota, per):
     ("case", "per"),
     [
         (CASES[1], "kv_head"),
-        pytest.param(CASES[1], "query_head", marks=pytest.mark.slow),
+        pytest.param(CASES[1], "query_head", marks=pytest.mark.soak),
         pytest.param(CASES[2], "kv_head", marks=pytest.mark.slow),
         (CASES[2], "query_head"),
     ],
@@ -287,7 +287,7 @@ def drawn(x, quota, rule, most_rows=None, kernel=True, positions=POSITIONS, seed
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [RULES[0], *(pytest.param(rule, marks=pytest.mark.soak) for rule in RULES[1:])])
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_process_with_some_of_the_heads_draws_what_one_with_all_of_them_draws(rule, kernel, device):
     x = world(Case(((3, 300), (40, 200)), dim=16, group=2, kv_heads=2), device)

@@ -74,6 +74,19 @@ def test_two_processes_give_the_tokens_of_one(folders, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_draft_model_of_the_first_process_drafts_for_all(folders):
+    path, params = str(folders["qwen2"]), SamplingParams(max_new_tokens=20)
+    options = {"device": "cpu", "max_batch": 2, "max_length": 256, "page": 16}
+    with LLM(path, **options) as llm:
+        expected = [x.token_ids for x in llm.generate(PROMPTS, params)]
+    how = {"draft_model": path, "draft": "streaming:budget=64", "gamma": 3}
+    with LLM(path, tensor_parallel=2, **how, **options) as llm:
+        found = llm.generate(PROMPTS, params)
+    assert [x.token_ids for x in found] == expected
+    assert sum(x.stats.accepted_per_round for x in found) > len(found)
+
+
+@pytest.mark.slow
 def test_processes_started_here_do_the_same_until_one_dies(folders):
     path, params = str(folders["qwen2"]), SamplingParams(max_new_tokens=12)
     with LLM(path, device="cpu", max_batch=2, max_length=1024) as llm:

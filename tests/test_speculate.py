@@ -69,8 +69,16 @@ def all_the_same(found, expected):
 SOME = ("snapkv", "quest")
 
 
-@pytest.mark.parametrize("draft", [d if d in SOME else pytest.param(d, marks=pytest.mark.slow) for d in DRAFTS])
-@pytest.mark.parametrize("name", [m if m == "gemma3" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+OTHERS = [m for m in MODELS if m != "gemma3"]
+CASES = [
+    *(("gemma3", draft) for draft in SOME),
+    *(pytest.param("gemma3", draft, marks=pytest.mark.slow) for draft in DRAFTS if draft not in SOME),
+    *(pytest.param(name, draft, marks=pytest.mark.slow) for name in OTHERS for draft in SOME),
+    *(pytest.param(name, draft, marks=pytest.mark.soak) for name in OTHERS for draft in DRAFTS if draft not in SOME),
+]
+
+
+@pytest.mark.parametrize(("name", "draft"), CASES)
 def test_every_draft_gives_the_tokens_of_plain_decoding(name, draft):
     model, (prompts, params) = tiny(name), requests(9, 1)
     expected = answers(model, prompts, params)
@@ -146,7 +154,7 @@ def test_budgets_above_the_prompt_draft_what_dense_decoding_gives(draft):
 
 
 def test_hundreds_of_tokens_fill_their_slots_to_the_last_row():
-    prompts, params = [ids(40, n) for n in range(4)], SamplingParams(max_new_tokens=320)
+    prompts, params = [ids(40, n) for n in range(2)], SamplingParams(max_new_tokens=320)
     options = {"max_length": 360, "max_batch": 2}
     expected = answers(tiny(NAME), prompts, params, **options)
     all_the_same(answers(tiny(NAME), prompts, params, draft=DRAFTS["quest"], gamma=8, **options), expected)

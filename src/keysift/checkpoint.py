@@ -48,10 +48,7 @@ def load(name: str, device: torch.device, dtype: Any, ranks: int = 1) -> tuple[A
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    local = is_folder(name)
-    with one_error(name, "configuration", local):
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
-    check_causal(name, config)
+    local, config = is_folder(name), read_config(name)
     if local and not any(Path(name).glob("*.safetensors")):
         raise ValueError(f"model={name} has no safetensors: pickled weights could run anything, so convert them first")
     if local and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES):
@@ -75,6 +72,15 @@ def load(name: str, device: torch.device, dtype: Any, ranks: int = 1) -> tuple[A
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"model={name} lacks {len(missing)} weights, the first is {missing[0]}")
     return model, tokenizer
+
+
+def read_config(name: str) -> Any:
+    """The config of a folder or hub id, which must be that of a causal LM."""
+    local = is_folder(name)
+    with one_error(name, "configuration", local):
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+    check_causal(name, config)
+    return config
 
 
 def sharded(ranks: int) -> dict[str, Any]:

@@ -12,18 +12,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from keysift.checkpoint import chat_text, check_vocabularies, eos_tokens, load, pick_dtype
-from keysift.hf.draft_model import DraftModel, Elsewhere, usual_cache
-from keysift.hf.parallel import is_dealt_out, this_rank
+from keysift.checkpoint import chat_text, eos_tokens
+from keysift.hf.draft_model import DraftModel, Elsewhere
 from keysift.hf.served import ServedModel
 from keysift.methods import parse
 from keysift.prefixes import Prefixes
-from keysift.ranks import Ranks, deal_out_once
+from keysift.ranks import Ranks, check_draft_folder, deal_out_once, load_draft
 from keysift.requests import Delta, OnText, Request, RequestOutput, check_question
 from keysift.sampling import SamplingParams
 from keysift.scheduler import Room, Scheduler
 from keysift.slots import Slots, check_page
-from keysift.speculate import MOST, REFRESHES, check_draft, check_refresh
+from keysift.speculate import REFRESHES, check_draft, check_refresh
 from keysift.text import Detokenizer
 from keysift.types import check_seed
 from keysift.workers import serve
@@ -31,6 +30,7 @@ from keysift.workers import serve
 MAX_BATCH = {"cuda": 16, "cpu": 1}
 CHUNK = 2048  # tokens of a prompt that are read at a time where beginnings are shared
 NO_DRAFT = "none"
+ELSEWHERE = "(of the first process)"  # a draft model, as the others hear of it
 COMPILED = 2048  # new tokens of one answer from which on compiling a GPU's steps pays, which takes some 15 seconds
 COUNT_EVERY = {"cuda": 64}  # steps; elsewhere every one
 
@@ -76,6 +76,7 @@ class LLM:
         gamma: int | None = None,
         draft_model: str | Path | PreTrainedModel | None = None,
         refresh: str = "verify",
+        draft_tokenizer: Any = None,
     ) -> None:
         """Load a model and make room for its sequences.
 
@@ -108,6 +109,7 @@ class LLM:
                 the context; default streaming, 1,024 or what it was made for. Of several processes the first has it.
             refresh: "verify" has the draft method select in each round, by the query of the token that the pass before
                 gave; "never" once an answer, after which all later rows are read too (MagicDec's; acceptance falls).
+            draft_tokenizer: of a loaded draft model; without, as many tokens as the model has are taken for the same.
 
         Raises:
             ValueError: a model, method, option or size that cannot be served; says what could.
@@ -124,10 +126,13 @@ class LLM:
         check_shares(reuse_prefixes, methods[1] if drafts is None or draft_model is not None else drafts)
         check_draft(drafts, methods[1], gamma, draft_model is not None)
         check_refresh(refresh, drafts, draft_model is not None)
+        if draft_model != ELSEWHERE:
+            check_draft_folder(draft_model, drafts)
         self._ranks: Ranks | None = None
         self._drafter: DraftModel | Elsewhere | None = None
         if isinstance(model, (str, Path)):
             options = {name: x for name, x in locals().items() if name in _OF_WORKERS}
+            options["draft_model"] = None if draft_model is None else ELSEWHERE
             self._ranks = Ranks(str(model), device, dtype, tensor_parallel, PROGRAM, options)
             self.model, self.tokenizer = self._ranks.model, self._ranks.tokenizer
         elif (tensor_parallel or 1) > 1:
@@ -143,7 +148,8 @@ class LLM:
             own = drafts if draft_model is None else None
             self.served = ServedModel(self.model, *methods, seed, compile_layers, shared, measure_error, own)
             if draft_model is not None:
-                self._drafter = self._load_draft(draft_model, drafts, dtype, compile_layers)
+                what = draft_model, draft_tokenizer, self.served, self.tokenizer
+                self._drafter = load_draft(*what, drafts, dtype, compile_layers)
             room, ends = Room(page, max_length, kv_memory), eos_tokens(self.model, self.tokenizer)
             alone = prefill_chunk, reuse_prefixes, every, gamma, self._drafter, refresh == REFRESHES[0]
             self._work = Scheduler(self.served, room, self.max_batch, ends, *alone)
@@ -157,17 +163,6 @@ class LLM:
         self._submitted = 0
         self._generating: set[int] = set()  # requests of calls of `generate`
         self._closed = False
-
-    def _load_draft(self, model: Any, cache: Any, dtype: str, compile_layers: bool) -> DraftModel | Elsewhere:
-        """The draft model, by the first of the processes that share this one."""
-        if is_dealt_out(self.model) and this_rank():
-            return Elsewhere()
-        tokenizer = None
-        if isinstance(model, (str, Path)):
-            where = self.model.device
-            model, tokenizer = load(str(model), where, pick_dtype(dtype, where))
-        check_vocabularies(model, tokenizer, self.model, self.tokenizer)
-        return DraftModel(model, cache or usual_cache(model), MOST, self.served.vocabulary, compile_layers)
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:
@@ -201,7 +196,7 @@ class LLM:
         if draft is not None:
             drafts = None if draft == NO_DRAFT else parse(draft, "decode")
         check_shares(self.prefixes is not None, methods[1] if drafts is None else drafts)
-        check_draft(drafts, methods[1], None)
+        check_draft(drafts, methods[1], None, self._drafter is not None)
         room = self._work.room if max_length is None else self._work.room._replace(max_length=max_length)
         self._tell("follow_switch", *methods, drafts, room)
         try:

@@ -6,12 +6,17 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from keysift.checkpoint import check_ranks, load, pick_device, pick_dtype
+from keysift.checkpoint import check_ranks, check_vocabularies, load, pick_device, pick_dtype, read_config
+from keysift.hf.config import context_tokens
+from keysift.hf.draft_model import DraftModel, Elsewhere, budget_of, usual_cache
 from keysift.hf.parallel import (
+    all_or_none,
     deal_out,
     is_dealt_out,
     join,
@@ -20,7 +25,11 @@ from keysift.hf.parallel import (
     ranks_here,
     ranks_of_environment,
     the_group,
+    this_rank,
 )
+from keysift.hf.served import ServedModel
+from keysift.speculate import MOST
+from keysift.types import Decode
 from keysift.workers import Workers
 
 
@@ -126,6 +135,45 @@ def deal_out_once(model: Any, ranks: int | None) -> None:
     if not is_dealt_out(model):
         join(model.device)
         deal_out(model, the_group(model.device))
+
+
+def load_draft(
+    model: Any, tokenizer: Any, target: ServedModel, of_target: Any, cache: Decode | None, dtype: str, compiles: bool
+) -> DraftModel | Elsewhere:
+    """A draft model, which of several processes the first has.
+
+    Args:
+        model, tokenizer: folder or hub id, or a loaded model and its tokenizer, if it has one.
+        target, of_target: the model that it drafts for, and its tokenizer.
+        cache: what its cache keeps; None for what is usual.
+        dtype, compiles: as of ``LLM``.
+
+    Raises:
+        ValueError: no such model, or one that cannot draft for this.
+    """
+    dealt_out = is_dealt_out(target.model)
+
+    def do() -> DraftModel | Elsewhere:
+        if dealt_out and this_rank():
+            return Elsewhere()
+        loaded, its_own, where = model, tokenizer, target.model.device
+        if isinstance(model, (str, Path)):
+            loaded, its_own = load(str(model), where, pick_dtype(dtype, where))
+        if not isinstance(loaded, PreTrainedModel):
+            raise ValueError(f"draft_model={loaded!r}: pass a folder, a hub id or a loaded model")
+        if loaded.device != where:
+            raise ValueError(f"draft_model is on {loaded.device}, and the model on {where}: move it there")
+        check_vocabularies(loaded, its_own, target.model, of_target)
+        return DraftModel(loaded, cache or usual_cache(loaded.config), MOST, target.vocabulary, compiles)
+
+    return all_or_none(do) if dealt_out else do()
+
+
+def check_draft_folder(model: Any, cache: Decode | None) -> None:
+    """Raise ValueError for what can be seen to be wrong with a draft model before anything is loaded."""
+    if isinstance(model, (str, Path)):
+        config = read_config(str(model))
+        budget_of(cache or usual_cache(config), context_tokens(config))
 
 
 @contextmanager

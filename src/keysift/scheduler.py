@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keysift.capacity import draft_cost, slots_for
 from keysift.hf.draft_model import DraftModel, Elsewhere
-from keysift.hf.parallel import is_dealt_out, least, total
+from keysift.hf.parallel import all_or_none, is_dealt_out, number_of_first, total
 from keysift.hf.rounds import OwnDraft, Rounds
 from keysift.hf.served import ServedModel
 from keysift.meter import Totals
@@ -88,9 +88,9 @@ class Scheduler:
         self.room, self._opened = room, False
         drafts = self.draft_model is not None or self.served.draft_method is not None
         if self.draft_model is not None:
-            self.draft_model.open(self.max_batch, room.page)
+            room = self._open_draft_model(self.draft_model, room)
         self.slots, self.max_length = slots_for(self.served, self.max_batch, *room, spare=MOST if drafts else 0)
-        self.served.open(self.slots)
+        self.served.open(self.slots, rounds=drafts)
         chunk = self.prefill_chunk if self._reuses else None
         self.prefixes = None if chunk is None else Prefixes(self.slots, chunk)
         self._rounds: Rounds | None = None
@@ -101,7 +101,21 @@ class Scheduler:
             other = (drafter.served, drafter.rows) if isinstance(drafter, DraftModel) else None
             cost = draft_cost(self.served, self.max_batch, self.max_length, other)
             self._controller = Controller(cost, self.served.model.device.type, self._fixed_gamma)
+            if isinstance(drafter, DraftModel):
+                self.slots.beside = (drafter.slots,)
         self._opened = True
+
+    def _open_draft_model(self, draft_model: DraftModel | Elsewhere, room: Room) -> Room:
+        """Make its room; returns what is left for the model."""
+
+        def do() -> Room:
+            needed = draft_model.bytes(self.max_batch, room.page)
+            if room.kv_memory is not None and needed >= room.kv_memory:
+                raise ValueError(f"kv_memory={room.kv_memory}: the draft model's cache needs {needed:,} bytes of it")
+            draft_model.open(self.max_batch, room.page)
+            return room if room.kv_memory is None else room._replace(kv_memory=room.kv_memory - needed)
+
+        return all_or_none(do) if self._dealt_out else do()
 
     def switch(self, prefill: Any, decode: Any, draft: Any, room: Room) -> None:
         """Other methods and other room, without prefixes that were kept; raises as ``open``, and all else is as it was
@@ -216,7 +230,7 @@ class Scheduler:
         if any(n < len(r.prompt) for n, r in zip(rows, requests, strict=True)):
             return 0  # a question is still being read
         gamma = self._controller.choose(request.acceptance for request in requests)
-        return least(gamma) if self._dealt_out else gamma
+        return number_of_first(gamma) if self._dealt_out else gamma
 
     def _step_all(self, slots: list[int]) -> bool:
         """One more token of each; returns whether it took the time that it will take."""
@@ -243,12 +257,12 @@ class Scheduler:
         """A round of speculation; returns as ``_step_all``."""
         assert self._rounds is not None
         requests = [self.running[slot] for slot in slots]
-        places, before = [0] * self.max_batch, [0] * self.max_batch
+        places, before, begins = [0] * self.max_batch, [0] * self.max_batch, False
         for slot, request in zip(slots, requests, strict=True):
             ids = request.text.token_ids
             places[slot], before[slot] = len(ids), ids[-2] if len(ids) > 1 else request.prompt[-1]
             if self.draft_model is not None and self.draft_model.is_behind(slot, len(request.prompt) + len(ids)):
-                self.draft_model.follow(slot, request.prompt + ids)
+                begins |= self.draft_model.follow(slot, request.prompt + ids)
         greedy = all(r.params.greedy for r in requests)
         counted = self._counts(requests)
         ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
@@ -272,7 +286,7 @@ class Scheduler:
             request.acceptance.note(count, gamma)
             self.sampler.note(slot, tokens[: count + 1])
             self._take(slot, tokens[: count + 1], None if request.params.logprobs is None else every[slot])
-        return ready
+        return ready and not begins
 
     def _counts(self, requests: list[Request]) -> bool:
         """Whether what the next step reads is counted: of so many one, and the first of each answer."""

@@ -42,6 +42,7 @@ class Slots:
         start, length, prompt: first row, rows, and rows that prefill wrote, int64 ``[slots]``.
         lengths, starts, prompts: the same as the host knows them.
         appended: rows that each slot may have gained so far, those that it lost again included.
+        beside: slots of another model that count in the same steps, for ``take_back``.
     """
 
     def __init__(self, slots: int, page: int, pages_per_slot: int, pages: int, device: torch.device | str) -> None:
@@ -71,6 +72,7 @@ class Slots:
 
     def _set_up(self, slots: int, pages_per_slot: int, device: torch.device) -> None:
         self.device, self.appended, self.stores = device, [0] * slots, list[Layer]()
+        self.beside: tuple[Slots, ...] = ()
         with ordinary_tensors():
             self.table = torch.zeros(slots, pages_per_slot, dtype=torch.int32, device=device)
             self.start, self.length, self.prompt = (
@@ -266,8 +268,9 @@ class Slots:
 
     def take_back(self) -> None:
         """Undo what the device has appended and the host was not told of."""
-        for slot, length in enumerate(self.lengths):
-            self.truncate(slot, length)
+        for slots in (self, *self.beside):
+            for slot, length in enumerate(slots.lengths):
+                slots.truncate(slot, length)
 
     @property
     def lengths_are_known(self) -> bool:

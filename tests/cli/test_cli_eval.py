@@ -179,6 +179,7 @@ def test_methods_on_a_model_that_they_cannot_serve_are_refused(tmp_path, capsys,
     assert code == 2 and "every layer of this model has a sliding window" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.soak
 def test_a_run_killed_many_times_ends_as_an_uninterrupted_one(finished, tmp_path):
     folder, _, _ = finished
     out = tmp_path / "out"

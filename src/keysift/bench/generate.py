@@ -90,13 +90,14 @@ class Subject:
     Attributes:
         tokenizer: None for random weights.
         text: token ids that prompts are pieces of; None for random tokens.
-        draft_model: that drafts in runs of ``other``.
+        draft_model, draft_tokenizer: that draft in runs of ``other``.
     """
 
     model: Any
     tokenizer: Any = None
     text: Sequence[int] | None = None
     draft_model: Any = None
+    draft_tokenizer: Any = None
 
     def prompts(self, batch: int, tokens: int, seed: int) -> list[list[int]]:
         """One prompt a sequence: consecutive pieces of the text, each with the token that texts begin with if the
@@ -334,6 +335,7 @@ def _engine(shape: Shape, subject: Subject, setup: Setup, run: Run) -> LLM:
             draft=run.draft,
             gamma=run.gamma,
             draft_model=subject.draft_model if run.other else None,
+            draft_tokenizer=subject.draft_tokenizer,
             refresh=setup.refresh if run.drafts else "verify",
         )
     except ValueError as error:

@@ -31,6 +31,7 @@ from keysift.cli import bench, options
 from keysift.cli.bench import shown
 from keysift.cli.bench_steps import METHODS, NOTE
 from keysift.cli.prompt import read_prompt
+from keysift.engine import ELSEWHERE
 from keysift.hf.draft_model import DEFAULT_BUDGET
 from keysift.hf.parallel import ranks_of_environment, this_rank
 from keysift.methods import describe, parse
@@ -150,7 +151,8 @@ def command(
             deal_out_once(lm, tensor_parallel)
         subject = subject_of(lm, model, book, sizes)
         if other:
-            subject = dataclasses.replace(subject, draft_model=drafter(subject, draft_model, draft_shape, where, dtype))
+            drafter, its_own = load_drafter(subject, draft_model, draft_shape, where, dtype)
+            subject = dataclasses.replace(subject, draft_model=drafter, draft_tokenizer=its_own)
         setup = dataclasses.replace(setup, copy_gb_s=generate.copy_gb_s(where))
     rows: list[Row] = []
     settings = settings_of(setup, lm, model, name, text) | {"draft_model": draft_shape or named(draft_model)}
@@ -226,16 +228,18 @@ def check_other(draft_model: str | None, draft_shape: str | None) -> bool:
     return draft_model is not None or draft_shape is not None
 
 
-def drafter(subject: Subject, path: str | None, shape: str | None, where: torch.device, dtype: str) -> Any:
-    """The model that drafts, of the same vocabulary; of several processes the first needs it."""
+def load_drafter(
+    subject: Subject, path: str | None, shape: str | None, where: torch.device, dtype: str
+) -> tuple[Any, Any]:
+    """The model that drafts, of the same vocabulary, and its tokenizer; of several processes the first needs it."""
     if this_rank():
-        return "elsewhere"
+        return ELSEWHERE, None
     if path is None:
         assert shape is not None
-        return random_model(shape, DRAFT_CONTEXT, where, bench.tensor_dtype(dtype, where)).model
+        return random_model(shape, DRAFT_CONTEXT, where, bench.tensor_dtype(dtype, where)).model, None
     model, tokenizer = load(path, where, pick_dtype(dtype, where))
     check_vocabularies(model, tokenizer, subject.model, subject.tokenizer)
-    return model
+    return model, tokenizer
 
 
 def parse_gammas(text: str) -> list[int | None]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ COLUMNS, ROWS, GATHERED = "colwise", "rowwise", ("colwise_gather_output", "colwi
 REPLICATED = "replicated_with_grad_allreduce"
 GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch has renamed it
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _group: Group | None = None
 _met = False  # symmetric memory counts meetings in each process, so that a second group could not meet
@@ -139,6 +141,27 @@ def from_first(x: Tensor) -> Tensor:
     """What the first process has of a tensor that all have."""
     dist.broadcast(x, 0)
     return x
+
+
+def number_of_first(number: int) -> int:
+    """The first process's number."""
+    return number if _group is None else int(from_first(torch.tensor(number, device=_group.device)))
+
+
+def all_or_none(do: Callable[[], T]) -> T:
+    """What this process's part gives; where one process fails all do, instead of waiting for it.
+
+    Raises:
+        ValueError: another one has failed, and says why.
+    """
+    try:
+        done = do()
+    except BaseException:
+        least(0)
+        raise
+    if not least(1):
+        raise ValueError("another process that shares the model has failed: its own error says why")
+    return done
 
 
 def leave(politely: bool = True) -> None:

@@ -49,9 +49,6 @@ class Drafter(Protocol):
     def selects(self) -> bool:
         """Whether the round at hand selects rows: one that does not is another graph."""
 
-    def take_back(self) -> None:
-        """Undo what a round that failed has appended."""
-
 
 class Rounds:
     """Rounds of up to so many tokens. A round leaves the slots as long as they were; ``keep`` says what of it stays.
@@ -96,11 +93,7 @@ class Rounds:
             self._places.copy_(torch.tensor(places))
         self.drafter.begin(before or [0] * len(slots))
         draws = places is not None
-        try:
-            served.run(self.name(gamma, draws, metered), partial(self._round, gamma, draws), metered)
-        except BaseException:
-            self.drafter.take_back()
-            raise
+        served.run(self.name(gamma, draws, metered), partial(self._round, gamma, draws), metered)
         return self._logits[gamma]
 
     def name(self, gamma: int, draws: bool, metered: bool) -> tuple[str, int, bool, bool, bool]:
@@ -201,9 +194,6 @@ class OwnDraft:
         """As of ``Drafter``."""
         self._plain_steps = self.served.plain_steps
         self._unselected -= self.served.active
-
-    def take_back(self) -> None:
-        """The slots are those of the model, which does it."""
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of a drafted token."""

@@ -160,14 +160,15 @@ class ServedModel:
         if self._layers:
             join_layers(self.model)
 
-    def open(self, slots: Slots) -> None:
-        """Have keys and values of all sequences go to ``slots``, ``slots.capacity`` rows at most each."""
+    def open(self, slots: Slots, rounds: bool = False) -> None:
+        """Have keys and values of all sequences go to ``slots``, ``slots.capacity`` rows at most each; ``rounds`` says
+        that passes over drafted tokens come, too."""
         if len(slots) > 1 and (kinds := rope_types(self.model) & OF_LONGEST):
             raise ValueError(
                 f"the RoPE of this {type(self.model).__name__} ({kinds.pop()}) depends on the longest sequence of a"
                 " batch: one sequence at a time then, max_batch=1 or --batch 1"
             )
-        if self.draft_method is not None and (kinds := rope_types(self.model) & OF_LONGEST):
+        if rounds and (kinds := rope_types(self.model) & OF_LONGEST):
             raise ValueError(
                 f"the RoPE of this {type(self.model).__name__} ({kinds.pop()}) depends on the longest position of a"
                 " pass, drafted tokens included: leave draft out"
