@@ -194,7 +194,7 @@ def test_wrong_attention_has_no_speed(monkeypatch, spoil, reason):
 def test_attention_without_the_weights_of_the_sample_is_wrong(monkeypatch):
     right = attention.gather_attention
     monkeypatch.setattr(
-        attention, "gather_attention", lambda q, kv, rows, *rest: right(q, kv, rows._replace(log_w=None), *rest)
+        attention, "gather_attention", lambda q, kv, rows, *rest, **more: right(q, kv, rows._replace(log_w=None), *rest)
     )
     assert of(ORACLE).status == "wrong"
     assert of(TOPK).status == "ok"

@@ -926,11 +926,11 @@ def test_a_switch_that_is_interrupted_can_be_made_again(error, monkeypatch):
         with monkeypatch.context() as patch:
             calls = []
 
-            def once(slots):
+            def once(slots, **more):
                 calls.append(slots)
                 if len(calls) == 1:
                     raise error("not now")
-                opened(slots)
+                opened(slots, **more)
 
             patch.setattr(llm.served, "open", once)
             with pytest.raises(error):
