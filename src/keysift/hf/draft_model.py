@@ -116,7 +116,7 @@ class DraftModel:
         elif until - self._read[slot] <= self._room(slot):
             self._take_in(slot, sequence[self._read[slot] : until])
         else:
-            sinks, kept = getattr(self.method, "sinks", 0), self.rows - self.spare
+            sinks, kept = self.method.sinks, self.rows - self.spare
             self.slots.truncate(slot, 0)
             newest = sequence[max(sinks, until - kept + sinks) : until]
             self._take_in(slot, [*sequence[: min(sinks, until)], *newest])
