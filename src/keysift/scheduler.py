@@ -264,9 +264,7 @@ class Scheduler:
             if self.draft_model is not None and self.draft_model.is_behind(slot, len(request.prompt) + len(ids)):
                 begins |= self.draft_model.follow(slot, request.prompt + ids)
         greedy = all(r.params.greedy for r in requests)
-        counted = self._counts(requests)
-        ready = self.served.ready(self._rounds.name(gamma, not greedy, counted))
-        every = self._rounds.run(gamma, None if greedy else places, counted, before)
+        every = self._rounds.run(gamma, None if greedy else places, self._counts(requests), before)
         which = torch.tensor(slots, device=every.device)
         drafted = self._rounds.tokens[which, 1 : gamma + 1]
         if greedy:
@@ -286,7 +284,7 @@ class Scheduler:
             request.acceptance.note(count, gamma)
             self.sampler.note(slot, tokens[: count + 1])
             self._take(slot, tokens[: count + 1], None if request.params.logprobs is None else every[slot])
-        return ready and not begins
+        return self._rounds.was_ready and not begins
 
     def _counts(self, requests: list[Request]) -> bool:
         """Whether what the next step reads is counted: of so many one, and the first of each answer."""

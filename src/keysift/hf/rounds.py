@@ -55,6 +55,7 @@ class Rounds:
 
     Attributes:
         tokens: the newest token of each slot and those drafted after it, int64 ``[slots, most + 1]``.
+        was_ready: whether the newest round needed no preparation.
     """
 
     def __init__(self, served: ServedModel, most: int, draw: Draw, drafter: Drafter) -> None:
@@ -64,6 +65,7 @@ class Rounds:
         self.tokens = torch.zeros(slots, most + 1, dtype=torch.int64, device=device)
         self._places = torch.zeros(slots, dtype=torch.int64, device=device)
         self._logits: dict[int, Tensor] = {}
+        self.was_ready = False
         self._told = is_dealt_out(served.model) and not isinstance(drafter, OwnDraft)
 
     def run(
@@ -93,12 +95,10 @@ class Rounds:
             self._places.copy_(torch.tensor(places))
         self.drafter.begin(before or [0] * len(slots))
         draws = places is not None
-        served.run(self.name(gamma, draws, metered), partial(self._round, gamma, draws), metered)
+        name = "round", gamma, draws, metered, self.drafter.selects
+        self.was_ready = served.ready(name)
+        served.run(name, partial(self._round, gamma, draws), metered)
         return self._logits[gamma]
-
-    def name(self, gamma: int, draws: bool, metered: bool) -> tuple[str, int, bool, bool, bool]:
-        """Of the graph of the round at hand."""
-        return "round", gamma, draws, metered, self.drafter.selects
 
     def keep(self, rows: Sequence[int], newest: Tensor) -> None:
         """Lengthen slots by so many of the round's rows; ``newest`` are the tokens after those, int64 ``[slots]``."""
