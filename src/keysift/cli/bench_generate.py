@@ -36,7 +36,7 @@ from keysift.hf.draft_model import DEFAULT_BUDGET
 from keysift.hf.parallel import ranks_of_environment, this_rank
 from keysift.methods import describe, parse
 from keysift.ranks import deal_out_once
-from keysift.speculate import MOST, REFRESHES
+from keysift.speculate import MOST, check_refresh
 from keysift.types import one_of
 
 GPU_SHAPES = [Shape(batch, prefix, 64) for prefix in (32768, 131072) for batch in (1, 0)]
@@ -133,8 +133,8 @@ def command(
     method = parse(prefill, "prefill")
     other = check_other(draft_model, draft_shape)
     draft = draft or ([USUAL_CACHE if budget is None else "streaming"] if other else None)
-    one_of("refresh", refresh, REFRESHES)
     runs = parse_runs(methods, draft, gamma, budget, acceptance, other)
+    check_refresh(refresh, next((run.draft for run in runs if run.drafts), None), other)
     reading = reads(method, model, text, read)
     assumed = assumption(acceptance, model is not None and draft_shape is None and reading) if draft else None
     setup = generate.Setup(method, reading, page, seed, print_output, tensor_parallel, None, assumed, refresh)
