@@ -54,7 +54,16 @@ class World(NamedTuple):
     size: torch.Tensor
 
     def side(self):
-        return self.codes.clone(), self.size.clone()
+        """Codes and sizes; in pages, with other data between those of one and the next."""
+        more = (3, 1) if self.kv.table is not None else (0, 0)
+        return tuple(apart(x, n) for x, n in zip((self.codes, self.size), more, strict=True))
+
+
+def apart(side, heads):
+    """The same side data, of which each page begins so many heads later."""
+    larger = torch.full_like(side[:, :1], 77).repeat(1, side.shape[1] + heads, *(1,) * (side.dim() - 2))
+    larger[:, : side.shape[1]] = side
+    return larger[:, : side.shape[1]]
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +121,15 @@ def test_rotations_are_orthonormal_and_differ_by_layer_and_head():
     other = key_codes.rotation(1, 3, 2, 80, "cpu").float()
     for a, b in ((w[0], w[1]), (w[0], other[0])):
         assert (a * b).sum(0).abs().mean() < 0.2
+
+
+def test_side_data_of_a_page_lie_in_one_piece():
+    codes = torch.zeros(3, 2, 4, 8, dtype=torch.uint8)
+    assert key_codes.pitch_of(codes) == 2
+    assert key_codes.pitch_of(apart(codes, 3)) == 5
+    for wrong in (codes.transpose(1, 2), torch.zeros(3, 70)[:, :64].view(3, 2, 4, 8)):
+        with pytest.raises(ValueError, match="in one piece"):
+            key_codes.pitch_of(wrong)
 
 
 def test_field_f_of_byte_j_is_the_level_of_coordinate_f_times_bytes_plus_j():

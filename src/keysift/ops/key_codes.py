@@ -7,7 +7,8 @@ inclusion probability, which are exact.
 
 Field ``f`` of byte ``j`` of a code, ``planes`` bits wide, is coordinate ``f * bytes + j``, so that one mask expands
 four coordinates; the highest bit of every byte is inverted, which makes two's complement of the last field. Side data
-is addressed by token (``row - kv.first``): with a table ``[pages, K, page, ...]``, else ``[B, K, S, ...]``.
+is addressed by token (``row - kv.first``): with a table ``[pages, K, page, ...]``, else ``[B, K, S, ...]``. That of a
+page lies in one piece; pages may lie apart, by so much as whole heads take, so that other data fit between.
 """
 
 from __future__ import annotations
@@ -91,6 +92,22 @@ def code_bytes(dim: int, planes: int) -> int:
     """
     one_of("planes", planes, STEPS)
     return code_dim(dim) * planes // 8
+
+
+def pitch_of(side: Tensor) -> int:
+    """Heads after which side data of the next page, or sequence, begin.
+
+    Raises:
+        ValueError: a page's side data that do not lie in one piece, or pages apart by other than whole heads.
+    """
+    per_head = side[0, 0].numel() if len(side) else 0
+    if len(side) < 2 or not per_head:
+        return side.shape[1]
+    if not side[0].is_contiguous() or side.stride(0) % per_head:
+        raise ValueError(
+            f"side data of strides {side.stride()}: a page's must lie in one piece, pages whole heads apart"
+        )
+    return side.stride(0) // per_head
 
 
 def hash_keys(

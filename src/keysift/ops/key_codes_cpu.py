@@ -6,14 +6,22 @@ import torch
 from torch import Tensor
 
 from keysift.ops.cpu.library import DTYPES
-from keysift.ops.key_codes import LOG2E, SAMPLE, STEPS, Draw, Probe, code_dim, tokens_a_row
+from keysift.ops.key_codes import LOG2E, SAMPLE, STEPS, Draw, Probe, code_dim, pitch_of, tokens_a_row
 from keysift.ops.pages import Quota
 from keysift.ops.select_cpu import F32, I32, I64, PTR, View, call, fields, fill_view, pointer, rows_in_one_piece
 from keysift.types import KV, Selection
 
 PROBE, FACTORS, DRAW, ESTIMATE = 1, 2, 4, 8
 
-_SIDE = (("codes", PTR), ("sizes", PTR), ("tokens", I64), ("planes", I64), ("code_dim", I64))
+_SIDE = (
+    ("codes", PTR),
+    ("sizes", PTR),
+    ("codes_pitch", I64),
+    ("sizes_pitch", I64),
+    ("tokens", I64),
+    ("planes", I64),
+    ("code_dim", I64),
+)
 
 
 class _Hash(View):
@@ -76,7 +84,7 @@ def hash_keys(
     most: int,
     isa: str = "auto",
 ) -> None:
-    """As ``key_codes.hash_keys``; side data lie in one piece."""
+    """As ``key_codes.hash_keys``."""
     keys, mean, w, done = rows_in_one_piece(kv.k), mean_BKD.float().contiguous(), w.contiguous(), done.contiguous()
     args = _Hash(mean=pointer(mean), w=pointer(w), done=pointer(done), most=most, step=STEPS[planes])
     held = fill_view(args, kv, keys)
@@ -86,9 +94,8 @@ def hash_keys(
 
 
 def _fill_side(args: _Hash | _Sample, codes: Tensor, size: Tensor, planes: int, dim: int) -> None:
-    if not (codes.is_contiguous() and size.is_contiguous()):
-        raise ValueError("codes and sizes must lie in one piece")
     args.codes, args.sizes, args.tokens = pointer(codes), pointer(size), codes.shape[2]
+    args.codes_pitch, args.sizes_pitch = pitch_of(codes), pitch_of(size)
     args.planes, args.code_dim = planes, dim
 
 
@@ -261,6 +268,7 @@ def hamming_distance(q_codes: Tensor, k_codes: Tensor, kv: KV, isa: str = "auto"
     args = _Hamming(q_codes=pointer(q_codes), heads=heads, out=pointer(out))
     held = fill_view(args, kv)
     args.codes, args.tokens, args.planes, args.code_dim = pointer(k_codes), k_codes.shape[2], 1, bytes_ * 8
+    args.codes_pitch = pitch_of(k_codes)
     args.dim = args.code_dim
     if out.numel():
         call("key_hamming", args, isa)

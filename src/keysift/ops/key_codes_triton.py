@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keysift.ops import key_codes
 from keysift.ops.chain_triton import chained, wait_for_previous
-from keysift.ops.key_codes import STEPS, Probe, code_dim, tokens_a_row
+from keysift.ops.key_codes import STEPS, Probe, code_dim, pitch_of, tokens_a_row
 from keysift.ops.paging_triton import row_offsets
 from keysift.types import KV
 
@@ -34,7 +34,8 @@ MASKS = tl.constexpr(_masks())
 
 @triton.jit
 def entries(t, seen, place, PAGE: tl.constexpr):
-    """Where side data of tokens lie: entries from the start of ``[pages, heads, PAGE]``, or of ``[B, heads, size]``."""
+    """Where side data of tokens lie: entries from the start of ``[pages, heads, PAGE]``, or of ``[B, heads, size]``;
+    ``heads`` is the pitch."""
     b, head, heads, table, table_stride, size = place
     if PAGE > 0:
         page = tl.load(table + b * table_stride + t // PAGE, mask=seen, other=0).to(tl.int64)
@@ -97,8 +98,9 @@ def _encoded(y, square, root, STEP: tl.constexpr, PLANES: tl.constexpr, ROWS: tl
 @triton.jit
 def _hash(
     codes, size, k, mean, w, done, start, length, origin, table, table_stride, stride_0, stride_1, stride_k, heads,
-    tokens, root, D: tl.constexpr, CODE: tl.constexpr, PLANES: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr, HAS_ORIGIN: tl.constexpr, WIDEN: tl.constexpr, CHAINED: tl.constexpr,
+    codes_pitch, size_pitch, tokens, root, D: tl.constexpr, CODE: tl.constexpr, PLANES: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, HAS_ORIGIN: tl.constexpr, WIDEN: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Codes and sizes of a tile of new rows of one KV head."""
     wait_for_previous(CHAINED)
@@ -123,9 +125,10 @@ def _hash(
         t = row
         if HAS_ORIGIN:
             t = row - tl.load(origin + b).to(tl.int32)
-        entry = entries(t, seen, (b, head, heads, table, table_stride, tokens), PAGE)
+        entry = entries(t, seen, (b, head, codes_pitch, table, table_stride, tokens), PAGE)
         at = entry[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
         tl.store(codes + at, byte, mask=seen[:, None])
+        entry = entries(t, seen, (b, head, size_pitch, table, table_stride, tokens), PAGE)
         tl.store(size + entry, of_code, mask=seen)
 
 
@@ -143,7 +146,7 @@ def hash_keys(
             *(codes, size, k, mean.contiguous(), w.contiguous(), done.contiguous()),
             *view(kv),
             *k.stride()[:3],
-            *(heads, codes.shape[2], math.sqrt(dim)),
+            *(heads, pitch_of(codes), pitch_of(size), codes.shape[2], math.sqrt(dim)),
             D=dim,
             CODE=code_dim(dim),
             PLANES=planes,
@@ -160,7 +163,7 @@ def hash_keys(
 @triton.jit
 def _probe(
     q, w, weights, line, codes, size, k, mean, done, start, length, origin, table, table_stride,
-    q_stride_b, q_stride_h, stride_0, stride_1, stride_k, heads, tokens, root, scale,
+    q_stride_b, q_stride_h, stride_0, stride_1, stride_k, heads, codes_pitch, size_pitch, tokens, root, scale,
     G: tl.constexpr, D: tl.constexpr, CODE: tl.constexpr, PLANES: tl.constexpr, STEP: tl.constexpr,
     ROWS: tl.constexpr, CLIP: tl.constexpr, PAGE: tl.constexpr, HAS_ORIGIN: tl.constexpr, HASH: tl.constexpr,
     WIDEN: tl.constexpr, CHAINED: tl.constexpr,
@@ -203,9 +206,10 @@ def _probe(
         t = newest
         if HAS_ORIGIN:
             t = newest - tl.load(origin + b).to(tl.int32)
-        entry = entries(t, new, (b, head, heads, table, table_stride, tokens), PAGE)
+        entry = entries(t, new, (b, head, codes_pitch, table, table_stride, tokens), PAGE)
         at = entry * BYTES + tl.arange(0, BYTES)[None, :] + 0 * row[:, None]
         tl.store(codes + at, byte, mask=(row == G)[:, None] & new)
+        entry = entries(t, new, (b, head, size_pitch, table, table_stride, tokens), PAGE)
         tl.store(size + entry + 0 * row, of_code, mask=(row == G) & new)
 
 
@@ -226,20 +230,20 @@ def probe(
     )
     side: tuple[object, ...] = (*(q,) * 9, 0)
     strides: tuple[int, ...] = (0, 0, 0)
-    tokens, page, origin = 0, 0, False
+    pitches, tokens, page, origin = (0, 0), 0, 0, False
     if new is not None:
         codes, size, kv, mean, done = new
         k = kv.k if kv.k.stride(-1) == 1 else kv.k.contiguous()
         side = (codes, size, k, mean.contiguous(), done.contiguous(), *view(kv))
         strides, tokens, page = k.stride()[:3], codes.shape[2], 0 if kv.table is None else k.shape[1]
-        origin = kv.origin is not None
+        pitches, origin = (pitch_of(codes), pitch_of(size)), kv.origin is not None
     with torch.cuda.device_of(q):
         _probe[(kv_heads, batch)](
             *(q, w.contiguous(), *out),
             *side,
             *q.stride()[:2],
             *strides,
-            *(kv_heads, tokens, math.sqrt(dim), scale * STEPS[planes] * key_codes.LOG2E),
+            *(kv_heads, *pitches, tokens, math.sqrt(dim), scale * STEPS[planes] * key_codes.LOG2E),
             G=group,
             D=dim,
             CODE=code,
@@ -335,7 +339,7 @@ def _popcount(x, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _hamming(
-    out, q_codes, codes, start, length, origin, table, table_stride, heads, size, tokens,
+    out, q_codes, codes, start, length, origin, table, table_stride, heads, pitch, size, tokens,
     G: tl.constexpr, WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
     HAS_ORIGIN: tl.constexpr, INTERPRET: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -346,7 +350,7 @@ def _hamming(
     t, word = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, WORDS_PAD)
     seen = (t >= begin) & (t < end)
     h = (b * heads + head).to(tl.int64)
-    entry = entries(t, seen, (b, head, heads, table, table_stride, size), PAGE)
+    entry = entries(t, seen, (b, head, pitch, table, table_stride, size), PAGE)
     code = tl.load(
         codes + entry[:, None] * WORDS + word[None, :], mask=seen[:, None] & (word < WORDS)[None, :], other=0
     )
@@ -370,7 +374,7 @@ def hamming_distance(q_codes: Tensor, codes: Tensor, kv: KV) -> Tensor:
         _hamming[(triton.cdiv(tokens, tile), kv_heads, batch)](
             *(out, q_codes.contiguous().view(torch.int32), codes.view(torch.int32)),
             *view(kv),
-            *(kv_heads, size, tokens),
+            *(kv_heads, pitch_of(codes), size, tokens),
             G=group,
             WORDS=codes.shape[3] // 4,
             WORDS_PAD=triton.next_power_of_2(codes.shape[3] // 4),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keysift.ops import key_codes
 from keysift.ops.chain_triton import chained, wait_for_previous
-from keysift.ops.key_codes import Draw, Probe
+from keysift.ops.key_codes import Draw, Probe, pitch_of
 from keysift.ops.key_codes_triton import entries, lines_of_group, middle, probe, scores, shapes, view
 from keysift.ops.pages import Quota
 from keysift.ops.random_triton import absorb
@@ -42,8 +42,8 @@ def _step(begin, end, ROW: tl.constexpr):
 
 @triton.jit
 def _count(
-    out, weights, line, codes, size, start, length, origin, table, table_stride, heads, tokens, pitch,
-    G: tl.constexpr, G_PAD: tl.constexpr, PER: tl.constexpr, CODE: tl.constexpr, FIELDS: tl.constexpr,
+    out, weights, line, codes, size, start, length, origin, table, table_stride, heads, codes_pitch, size_pitch,
+    tokens, pitch, G: tl.constexpr, G_PAD: tl.constexpr, PER: tl.constexpr, CODE: tl.constexpr, FIELDS: tl.constexpr,
     TILE: tl.constexpr, PAGE: tl.constexpr, HAS_ORIGIN: tl.constexpr, EVERY: tl.constexpr, INTERPRET: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +63,10 @@ def _count(
         t = (run * step + scattered % step) * PER
     r, k, g = tl.arange(0, PER), tl.arange(0, PER * BYTES), tl.arange(0, G_PAD)
     seen = (t + PER > begin) & (t < end)
-    entry = entries(t, seen, (b, head, heads, table, table_stride, tokens), PAGE)
+    entry = entries(t, seen, (b, head, codes_pitch, table, table_stride, tokens), PAGE)
     inside = seen[:, None] & (t[:, None] + k[None, :] // BYTES < end)
     code = tl.load(codes + entry[:, None] * BYTES + k[None, :], mask=inside, other=0)
+    entry = entries(t, seen, (b, head, size_pitch, table, table_stride, tokens), PAGE)
     each = t[:, None] + r[None, :]
     inside = (each >= begin) & (each < end)
     of_code = tl.load(size + entry[:, None] + r[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -205,7 +206,7 @@ def _take_from(slots, counts, sums, u, own, inside, to, INDEPENDENT: tl.constexp
 @triton.jit(do_not_specialize=["state"])
 def _take(
     slots, counts, sums, weights, line, log_c, codes, size, positions, state, numbered, start, length, origin, table,
-    table_stride, heads, tokens, blocks, each,
+    table_stride, heads, codes_pitch, size_pitch, tokens, blocks, each,
     G: tl.constexpr, G_PAD: tl.constexpr, PER: tl.constexpr, CODE: tl.constexpr, FIELDS: tl.constexpr,
     LISTS: tl.constexpr, INDEPENDENT: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, PAGES: tl.constexpr,
     EVEN: tl.constexpr, EACH_PAD: tl.constexpr, HAS_ORIGIN: tl.constexpr, STAGES: tl.constexpr,
@@ -217,7 +218,8 @@ def _take(
     ROWS: tl.constexpr = BLOCK // PER
     head, b = tl.program_id(1), tl.program_id(2)
     begin, end = middle(start, length, origin, b, HAS_ORIGIN)
-    place = (b, head, heads, table, table_stride, tokens)
+    place = (b, head, codes_pitch, table, table_stride, tokens)
+    of_size = (b, head, size_pitch, table, table_stride, tokens)
     at = (b * heads + head).to(tl.int64)
     first = tl.program_id(0) * each
     last = tl.minimum(first + each, blocks)
@@ -235,9 +237,9 @@ def _take(
         for c in tl.static_range(LISTS):
             of_query = of_query + (_of_query(state, numbered + head * LISTS + c, positions, b),)  # type: ignore[assignment]  # noqa: RUF005
         # sizes, too narrow for the pipeline of copies, are read a turn ahead
-        of_code = _sizes(size, low, high, place, begin, end, PAGE, RUN, PAGES, EVEN)
+        of_code = _sizes(size, low, high, of_size, begin, end, PAGE, RUN, PAGES, EVEN)
         for tile in tl.range(low, high, num_stages=STAGES):
-            following = _sizes(size, tile + 1, high, place, begin, end, PAGE, RUN, PAGES, EVEN)
+            following = _sizes(size, tile + 1, high, of_size, begin, end, PAGE, RUN, PAGES, EVEN)
             pages = _pages(tile, high, place, begin, end, PAGE, RUN, PAGES)
             entry = _entries_of(pages, row * PER, tile, place, begin, end, PAGE, RUN, PAGES)
             where = codes + entry[:, None] * BYTES + k[None, :]
@@ -366,7 +368,7 @@ def _scored(of_query: Probe, codes: Tensor, size: Tensor, kv: KV, planes: int, p
         with torch.cuda.device_of(codes):
             _count[(triton.cdiv(pitch, tile), kv_heads, batch)](
                 *(out, *of_query, codes, size, *view(kv)),
-                *(kv_heads, codes.shape[2], pitch),
+                *(kv_heads, pitch_of(codes), pitch_of(size), codes.shape[2], pitch),
                 **shape,
                 TILE=tile,
                 PAGE=0 if kv.table is None else codes.shape[2],
@@ -432,7 +434,7 @@ def draw(
     with torch.cuda.device_of(codes):
         _take[(triton.cdiv(blocks, each), kv_heads, batch)](
             *(slots, counts, sums, *of_query, log_c, codes, size, positions, state, numbered, *place),
-            *(kv_heads, tokens, blocks, each),
+            *(kv_heads, pitch_of(codes), pitch_of(size), tokens, blocks, each),
             **shapes(log_c.shape[1] // kv_heads, codes, planes),
             LISTS=lists // kv_heads,
             INDEPENDENT=independent,

@@ -164,22 +164,24 @@ Rows codes(const World& w, int32_t isa, int32_t threads) {
   return rows;
 }
 
-// A draw by codes of a few bits.
+// A draw by codes of a few bits, of pages that lie apart.
 Rows draws(const World& w, int64_t planes, int32_t isa, int32_t threads) {
   int64_t code_dim = 16;
   state = 1;
   while (code_dim < w.dim) code_dim *= 2;
   const int64_t bytes = code_dim * planes / 8, lists = w.heads(), most = 60;
-  std::vector<uint8_t> side(size_t(w.pages * w.kv_heads * w.rows() * bytes)), overflow(size_t(w.batch * lists));
-  std::vector<uint16_t> sizes(size_t(w.pages * w.kv_heads * w.rows())), rotation;
+  const int64_t codes_pitch = w.kv_heads + 1, sizes_pitch = w.kv_heads + 2;
+  const auto heads_over = [&](int64_t pitch) { return (w.pages - 1) * pitch + w.kv_heads; };
+  std::vector<uint8_t> side(size_t(heads_over(codes_pitch) * w.rows() * bytes)), overflow(size_t(w.batch * lists));
+  std::vector<uint16_t> sizes(size_t(heads_over(sizes_pitch) * w.rows())), rotation;
   std::vector<float> mean(size_t(w.batch * w.kv_heads * w.dim), 0.25f);
   for (int64_t i = 0; i < w.kv_heads * w.dim * w.dim; i++) {
     rotation.push_back(uint16_t(0x3d00 | (random_bits() & 0x80ff)));
   }
   auto hash = w.args<ks_key_hash_args>(isa, threads);
   hash.codes = side.data(), hash.sizes = sizes.data(), hash.tokens = w.rows(), hash.planes = planes;
-  hash.code_dim = code_dim, hash.mean = mean.data(), hash.w = rotation.data(), hash.done = w.done.data();
-  hash.most = w.end, hash.step = 0.9957f;
+  hash.codes_pitch = codes_pitch, hash.sizes_pitch = sizes_pitch, hash.code_dim = code_dim, hash.mean = mean.data();
+  hash.w = rotation.data(), hash.done = w.done.data(), hash.most = w.end, hash.step = 0.9957f;
   expect(ks_key_hash(&hash) == 0, "key_hash");
   std::vector<int8_t> weights(size_t(w.batch * w.heads() * code_dim));
   std::vector<float> line(size_t(2 * w.batch * w.heads())), log_c(line.size() / 2);
@@ -188,6 +190,7 @@ Rows draws(const World& w, int64_t planes, int32_t isa, int32_t threads) {
   const std::vector<int64_t> positions{400, 300};
   auto a = w.args<ks_key_sample_args>(isa, threads);
   a.codes = side.data(), a.sizes = sizes.data(), a.tokens = w.rows(), a.planes = planes, a.code_dim = code_dim;
+  a.codes_pitch = codes_pitch, a.sizes_pitch = sizes_pitch;
   a.q = w.q.data(), a.q_stride_b = w.heads() * w.dim, a.q_stride_head = w.dim, a.q_dtype = w.dtype;
   a.w = rotation.data(), a.heads = w.heads(), a.weights = weights.data(), a.line = line.data(), a.log_c = log_c.data();
   a.lists = lists, a.positions = positions.data(), a.rows = rows.data(), a.log_w = log_w.data();

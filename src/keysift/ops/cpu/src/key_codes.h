@@ -4,10 +4,13 @@
 #include "codes_view.h"
 #include "dispatch.h"
 
-// Side data of tokens, in one piece: codes uint8 [pages or batch, kv_heads, tokens, bytes], sizes fp16 likewise.
+// Side data of tokens: codes uint8 [pages or batch, kv_heads, tokens, bytes], sizes fp16 likewise. A page or sequence
+// is in one piece; the next begins so many heads later as the pitch says.
 #define KS_KEY_CODES_FIELDS \
   uint8_t* codes;           \
   uint16_t* sizes;          \
+  int64_t codes_pitch;      \
+  int64_t sizes_pitch;      \
   int64_t tokens;           \
   int64_t planes;           \
   int64_t code_dim;
@@ -89,11 +92,21 @@ inline int64_t bytes_of_code(const Args& a) {
   return a.code_dim * a.planes / 8;
 }
 
-// Where the side data of a token lie; all up to the end of its page follow.
+// Which entry of side data is a token's; all up to the end of its page follow.
 template <class Args>
-inline int64_t side_of(const Args& a, int64_t b, int64_t head, int64_t token) {
-  if (!a.table) return (b * a.kv_heads + head) * a.tokens + token;
-  return (int64_t(a.table[b * a.table_stride + token / a.page]) * a.kv_heads + head) * a.page + token % a.page;
+inline int64_t side_of(const Args& a, int64_t b, int64_t head, int64_t token, int64_t pitch) {
+  if (!a.table) return (b * pitch + head) * a.tokens + token;
+  return (int64_t(a.table[b * a.table_stride + token / a.page]) * pitch + head) * a.page + token % a.page;
+}
+
+template <class Args>
+inline uint8_t* code_at(const Args& a, int64_t b, int64_t head, int64_t token) {
+  return a.codes + side_of(a, b, head, token, a.codes_pitch) * bytes_of_code(a);
+}
+
+template <class Args>
+inline uint16_t* size_at(const Args& a, int64_t b, int64_t head, int64_t token) {
+  return a.sizes + side_of(a, b, head, token, a.sizes_pitch);
 }
 
 // Tokens from `token` to the end of its page.

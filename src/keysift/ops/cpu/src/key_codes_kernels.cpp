@@ -121,11 +121,10 @@ void hash(const KeyHashTask& t) {
     for (int64_t d = 0; d < a.dim; d++) key[d] = as_bf16(key[d]);
   }
   rotate(x, w, n, a.dim, a.code_dim, y);
-  const int64_t bytes = bytes_of_code(a);
   for (int64_t i = 0; i < n; i++) {
-    const int64_t at = side_of(a, t.b, t.head, t.low + i);
-    uint8_t* to = a.codes + at * bytes;
-    a.sizes[at] = encode(y + i * a.code_dim, square[i], a.dim, a.code_dim, a.planes, a.step, to, level);
+    uint8_t* to = code_at(a, t.b, t.head, t.low + i);
+    const uint16_t size = encode(y + i * a.code_dim, square[i], a.dim, a.code_dim, a.planes, a.step, to, level);
+    *size_at(a, t.b, t.head, t.low + i) = size;
   }
 }
 

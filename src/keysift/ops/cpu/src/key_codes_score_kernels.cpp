@@ -41,16 +41,15 @@ KS_INLINE const uint8_t* read_block(
 ) {
   const int64_t bytes = bytes_of_code(a), low = most(view.begin, first), high = least(view.end, first + BLOCK);
   if (low == first && high == first + BLOCK && left_in_page(a, first) >= BLOCK) {
-    const int64_t at = side_of(a, b, head, first);
-    widen(a.sizes + at, FP16, BLOCK, x.size);
-    return a.codes + at * bytes;
+    widen(size_at(a, b, head, first), FP16, BLOCK, x.size);
+    return code_at(a, b, head, first);
   }
   std::memset(x.codes, 0, size_t(BLOCK * bytes));
   std::memset(x.size, 0, BLOCK * 4);
   for (int64_t token = low; token < high;) {
-    const int64_t n = least(high - token, left_in_page(a, token)), at = side_of(a, b, head, token);
-    std::memcpy(x.codes + (token - first) * bytes, a.codes + at * bytes, size_t(n * bytes));
-    widen(a.sizes + at, FP16, n, x.size + token - first);
+    const int64_t n = least(high - token, left_in_page(a, token));
+    std::memcpy(x.codes + (token - first) * bytes, code_at(a, b, head, token), size_t(n * bytes));
+    widen(size_at(a, b, head, token), FP16, n, x.size + token - first);
     token += n;
   }
   return x.codes;
@@ -91,9 +90,8 @@ KS_INLINE int64_t sampled(
     const int64_t scattered = int64_t(uint32_t(run) * 0x9E3779B1u >> 12);
     const int64_t token = (run * step + scattered % step) * row;
     for (int64_t t = most(token, view.begin); t < least(token + row, view.end); t++) {
-      const int64_t at = side_of(a, b, head, t);
-      std::memcpy(x.codes + held * bytes, a.codes + at * bytes, size_t(bytes));
-      widen(a.sizes + at, FP16, 1, x.size + held);
+      std::memcpy(x.codes + held * bytes, code_at(a, b, head, t), size_t(bytes));
+      widen(size_at(a, b, head, t), FP16, 1, x.size + held);
       held++;
     }
     if (held + row <= BLOCK) continue;
@@ -289,7 +287,7 @@ void hamming(const ks_key_hamming_args& a, int64_t b, int64_t head, int64_t bloc
   for (int64_t t = block * BLOCK; t < stop; t++) {
     int16_t* to = a.out + ((b * a.kv_heads + head) * a.bound + t) * group;
     const bool inside = t >= view.begin && t < view.end;
-    const uint8_t* code = inside ? a.codes + side_of(a, b, head, t) * bytes : nullptr;
+    const uint8_t* code = inside ? code_at(a, b, head, t) : nullptr;
     for (int64_t g = 0; g < group; g++) {
       const uint8_t* query = a.q_codes + (b * a.heads + head * group + g) * bytes;
       int64_t differ = 0, j = 0;
