@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from keysift.cache import Store
 from keysift.methods.base import KeepsNothing
-from keysift.ops.rows import part_bounds, write_rows_reference
-from keysift.ops.rows_triton import bounds, write
+from keysift.ops.rows import part_bounds, write_at_reference, write_rows_reference
+from keysift.ops.rows_triton import bounds, write, write_at
 from keysift.slots import Slots
 from keysift.types import Ctx, Side, State
 
@@ -258,6 +258,22 @@ def test_the_kernel_writes_the_rows_that_indexing_writes(tokens):
         for a, b in zip(expected, got, strict=True):
             assert torch.equal(a[1:], b[1:].cpu())  # page 0 is nobody's
         assert not torch.equal(expected[0][1:], k[1:])
+
+
+def test_the_kernel_writes_rows_to_the_places_that_indexing_writes():
+    """Pages lie apart, and rows without a place go nowhere."""
+    g, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
+    for kv_heads, dim, v_dim in ((2, 8, 8), (3, 20, 12)):
+        raw = [torch.randn(6, 17, kv_heads, d + 1, generator=g) for d in (dim, v_dim)]
+        new_k, new_v = (torch.randn(9, kv_heads, d, generator=g) for d in (dim, v_dim))
+        slots = torch.tensor([5 * 16 + 15, -1, 16, 0, 3 * 16 + 7, -1, 41])
+        expected, got = [x.clone() for x in raw], [x.to(device, copy=True) for x in raw]
+        write_at_reference(*(x[:, :16, :, :-1] for x in expected), new_k, new_v, slots)
+        write_at(*(x[:, :16, :, :-1] for x in got), *(x.to(device) for x in (new_k, new_v, slots)))
+        for before, a, b in zip(raw, expected, got, strict=True):
+            assert torch.equal(a, b.cpu())
+            assert (before != a).any(-1).sum() == 5 * kv_heads
+        assert torch.equal(expected[1][5, 15, :, :-1], new_v[0])
 
 
 def test_parts_are_what_is_between_sinks_and_window():

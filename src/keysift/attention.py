@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from keysift.ops.gather import gather_attention
 from keysift.ops.merge import merge
 from keysift.ops.prune import prune
 from keysift.ops.short import short_attention
-from keysift.types import KV, BlockMask, Ctx, Decode, Law, Partial, Prefill, Selection
+from keysift.types import KV, BlockMask, Ctx, Decode, Index, Law, Partial, Prefill, Selection
 
+Dense = Callable[[Tensor, KV, float, int | None], Tensor]  # as dense_attention
 LIST_BYTES = 1 << 28  # block lists of a sequence, and the masks they are made of, exist for so many bytes at a time
 
 
@@ -34,11 +36,13 @@ def prefill(
     window: int | None = None,
     with_lse: bool = False,
     backend: Backend = "auto",
+    dense: Dense | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the last T positions, over the blocks that ``method`` chooses.
 
     In a ragged or padded batch queries before a sequence's first token get zeros. A layer with a sliding window of its
-    own stays dense within it. ``backend`` is that of ``block_sparse_attention``.
+    own stays dense within it. ``backend`` is that of ``block_sparse_attention``, ``dense`` what reads all keys in the
+    place of ``dense_attention``, of one sequence or of several alike.
 
     Returns:
         Output in q's dtype ``[B, T, H, Dv]``, and the log-sum-exp, fp32 ``[B, T, H]``, if asked for.
@@ -56,7 +60,7 @@ def prefill(
         meter.add_dense(positions, heads, batch)
         if with_lse:
             return dense_attention_lse(q_BTHD, kv, ctx.scale, window)
-        return dense_attention(q_BTHD, kv, ctx.scale, window), None
+        return (dense or dense_attention)(q_BTHD, kv, ctx.scale, window), None
     parts = []
     for blocks in list_ranges(positions, method.block, batch * heads):
         mask = method.mask(plan, blocks)
@@ -185,9 +189,21 @@ def _prefill_ragged(
     return out, lse
 
 
+class Rows(Protocol):
+    """What a decode step asks of a store."""
+
+    def view(self) -> KV: ...
+
+    def middle(self, method: Decode) -> KV: ...
+
+    def longest_middle(self, method: Decode) -> int: ...
+
+    def index(self, method: Decode, q_BHD: Tensor, ctx: Ctx) -> Index: ...
+
+
 def decode(
     q_BHD: Tensor,
-    store: Store,
+    store: Rows,
     method: Decode,
     ctx: Ctx,
     meter: Meter | StepMeter | None,
@@ -209,7 +225,7 @@ def decode(
     return part.out[:, 0], part.lse[:, 0] if with_lse else None
 
 
-def attend(q_BHD: Tensor, store: Store, method: Decode, selection: Selection | None, ctx: Ctx) -> Partial:
+def attend(q_BHD: Tensor, store: Rows, method: Decode, selection: Selection | None, ctx: Ctx) -> Partial:
     """Attention of one new query a sequence over what is selected of the middle, None for all of it, and over sinks
     and window; the output in q's dtype, ``[B, 1, H, Dv]``."""
     kv = store.view()
@@ -238,7 +254,7 @@ def short(q_BTHD: Tensor, store: Store, scale: float, window: int | None = None)
 
 
 def select(
-    q_BHD: Tensor, store: Store, method: Decode, ctx: Ctx, meter: Meter | StepMeter | None, rows: Store | None = None
+    q_BHD: Tensor, store: Rows, method: Decode, ctx: Ctx, meter: Meter | StepMeter | None, rows: Rows | None = None
 ) -> Selection | None:
     """What a step reads of the middle, counted; None where it reads all of it.
 
@@ -318,7 +334,7 @@ def selection_arriving(selection: Selection | None) -> Callable[[], Selection | 
     return wait
 
 
-def chooses(method: Decode, store: Store, layer: int) -> bool:
+def chooses(method: Decode, store: Rows, layer: int) -> bool:
     """Whether a decode step asks the method at all, as far as the host knows.
 
     Not where its layer is dense, where it would take everything, or where dense attention is known to be faster.
@@ -330,4 +346,4 @@ def chooses(method: Decode, store: Store, layer: int) -> bool:
         return kv.bound >= method.dense_below
     row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
     name = type(method).__module__.rpartition(".")[2]
-    return kv.start.shape[0] * kv.bound * kv.k.shape[2] * row >= dense_below_bytes(kv, name)
+    return kv.start.shape[0] * kv.bound * kv.k.shape[2] * row >= dense_below_bytes(kv.k.device, name)

@@ -130,6 +130,16 @@ class Meter:
         self.errors[phase].append(relative_error(out_BTHD, dense_BTHD).flatten().cpu())
 
 
+class NoMeter(Meter):
+    """Counts nothing."""
+
+    def add_mask(self, mask: BlockMask, tokens: range, heads: int, batch: int) -> None:
+        return None
+
+    def add_dense(self, tokens: range, heads: int, batch: int) -> None:
+        return None
+
+
 class StepMeter:
     """Counts what decode steps read, slot by slot, without waiting for the device: a step that is counted may be
     captured.

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keysift.types import KV
-
 SHIPPED = Path(__file__).with_name("crossover.json")
 DECODE = Path(__file__).with_name("crossover_decode.json")
 
@@ -40,16 +38,16 @@ def dense_below(q_BTHD: Tensor, k_BNKD: Tensor) -> int:
     return known[nearest]
 
 
-def dense_below_bytes(kv: KV, method: str) -> int:
-    """Bytes of keys and values below which dense decode is faster than a method on this device; 0 on a CPU.
+def dense_below_bytes(device: torch.device, method: str) -> int:
+    """Bytes of keys and values below which dense decode is faster than a method on a device; 0 on a CPU.
 
     Where the device was not measured, the largest figure of any device counts; a method that was not is taken for the
     slowest.
     """
-    if not kv.k.is_cuda:
+    if device.type != "cuda":
         return 0
     table = _decode_table()
-    known = [table[name] for name in [torch.cuda.get_device_name(kv.k.device)] if name in table] or [*table.values()]
+    known = [table[name] for name in [torch.cuda.get_device_name(device)] if name in table] or [*table.values()]
     return max((methods.get(method, max(methods.values())) for methods in known), default=0)
 
 

@@ -34,6 +34,29 @@ def write_rows_reference(k: Tensor, v: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, t
     k[at], v[at] = k_BTKD, v_BTKD
 
 
+def write_at(k: Tensor, v: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots: Tensor) -> None:
+    """Write rows to given places, in place; on a GPU one launch that depends on shapes alone.
+
+    Args:
+        k, v: pages, ``[pages, page, K, D]`` and ``[pages, page, K, Dv]``.
+        k_TKD, v_TKD: rows, of which the first ``len(slots)`` are written.
+        slots: ``page number * page + row in it`` of each, int64 ``[T]``; a negative one is not written.
+    """
+    if on_gpu(k):
+        from keysift.ops.rows_triton import write_at as write
+
+        write(k, v, k_TKD, v_TKD, slots)
+    else:
+        write_at_reference(k, v, k_TKD, v_TKD, slots)
+
+
+def write_at_reference(k: Tensor, v: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots: Tensor) -> None:
+    """The same by indexing."""
+    kept = slots >= 0
+    at = (slots[kept] // k.shape[1], slots[kept] % k.shape[1])
+    k[at], v[at] = k_TKD[: len(slots)][kept], v_TKD[: len(slots)][kept]
+
+
 def part_bounds(
     start: Tensor, length: Tensor, end: Tensor, sinks: int, window: int, last: int | None = None
 ) -> tuple[Tensor, Tensor]:

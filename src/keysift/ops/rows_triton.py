@@ -54,6 +54,48 @@ def _write(
     tl.store(v + page * v_page + row * v_row + head * v_head + dv, x, mask=inside)
 
 
+def write_at(k: Tensor, v: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots: Tensor) -> None:
+    """``keysift.ops.rows.write_at``; a program writes all heads of one row."""
+    _, heads, dim = k_TKD.shape
+    new_k, new_v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_TKD, v_TKD))
+    if len(slots):
+        with torch.cuda.device_of(k):
+            _write_at[(len(slots),)](
+                *(k, v, new_k, new_v, slots, slots.stride(0)),
+                *(*k.stride()[:3], *v.stride()[:3], *new_k.stride()[:2], *new_v.stride()[:2]),
+                PAGE=k.shape[1],
+                HEADS=heads,
+                HEADS_PAD=triton.next_power_of_2(heads),
+                D=dim,
+                D_PAD=triton.next_power_of_2(dim),
+                DV=new_v.shape[2],
+                DV_PAD=triton.next_power_of_2(new_v.shape[2]),
+                **chained(k),
+            )
+
+
+@triton.jit
+def _write_at(
+    k, v, new_k, new_v, slots, of_slots, k_page, k_row, k_head, v_page, v_row, v_head,
+    from_k_t, from_k_h, from_v_t, from_v_h,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(CHAINED)
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t * of_slots).to(tl.int64)
+    if slot >= 0:
+        page, row = slot // PAGE, slot % PAGE
+        head = tl.arange(0, HEADS_PAD)[:, None]
+        d, dv = tl.arange(0, D_PAD)[None, :], tl.arange(0, DV_PAD)[None, :]
+        inside = (head < HEADS) & (d < D)
+        x = tl.load(new_k + t * from_k_t + head * from_k_h + d, mask=inside)
+        tl.store(k + page * k_page + row * k_row + head * k_head + d, x, mask=inside)
+        inside = (head < HEADS) & (dv < DV)
+        x = tl.load(new_v + t * from_v_t + head * from_v_h + dv, mask=inside)
+        tl.store(v + page * v_page + row * v_row + head * v_head + dv, x, mask=inside)
+
+
 def bounds(
     start: Tensor, length: Tensor, end: Tensor, sinks: int, window: int, last: int | None
 ) -> tuple[Tensor, Tensor]:
