@@ -14,7 +14,7 @@ ROOT = Path(keysift.__file__).parent
 # each may import those before it
 ORDER = (
     "types ops methods slots cache offload meter attention functional hf checkpoint speculate sampling text prefixes"
-    " requests workers ranks capacity scheduler engine custom_generate eval bench cli"
+    " requests workers ranks capacity scheduler engine custom_generate vllm_plugin patch eval bench cli"
 ).split()
 FREE = {"pocket", "__init__"}  # pocket is data; the package's front names what hf and functional define
 MODEL_NAMES = ("llama", "qwen", "mistral", "glm", "gemma", "phi3", "mixtral")

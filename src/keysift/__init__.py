@@ -3,7 +3,8 @@
 from keysift.custom_generate import self_speculate
 from keysift.engine import LLM
 from keysift.functional import decode_attention, flex_prefill_attention, prefill_attention, prefill_attention_varlen
-from keysift.hf import Attachment, KVCache, attach, detach, patch_model
+from keysift.hf import Attachment, KVCache, attach, detach
+from keysift.patch import patch_model
 from keysift.requests import RequestOutput
 from keysift.sampling import SamplingParams
 from keysift.types import Stats

@@ -3,6 +3,5 @@
 from keysift.hf.attach import SHORT_RUN, Attachment, RunStats, attach, detach
 from keysift.hf.cache import KVCache
 from keysift.hf.hybrid import HybridSteps
-from keysift.hf.patch import patch_model
 
-__all__ = ["SHORT_RUN", "Attachment", "HybridSteps", "KVCache", "RunStats", "attach", "detach", "patch_model"]
+__all__ = ["SHORT_RUN", "Attachment", "HybridSteps", "KVCache", "RunStats", "attach", "detach"]

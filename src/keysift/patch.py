@@ -1,23 +1,22 @@
-"""FlexPrefill's own spelling."""
+"""FlexPrefill's own spelling, for Hugging Face decoders and for engines of vLLM."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from keysift.hf.attach import Attachment, attach
+from keysift.vllm_plugin.patch import PatchedEngine
 
 PATTERNS = ("default", "flash", "dense", "streaming_llm", "minfer", "vertical_slash", "flex_prefill")
 
 
 def patch_model(
-    model: PreTrainedModel, pattern: str = "flex_prefill", config: dict[str, Any] | None = None
-) -> Attachment:
+    model: Any, pattern: str = "flex_prefill", config: dict[str, Any] | None = None
+) -> Attachment | PatchedEngine:
     """FlexPrefill's own spelling of ``attach``: its pattern and config names.
 
     Args:
-        model: a Hugging Face decoder.
+        model: a Hugging Face decoder, or a ``vllm.LLM`` that serves nobody at the moment.
         pattern: default or flash (dense), streaming_llm (global_window, local_window), minfer or vertical_slash
             (block_size, vertical_size, slash_size), flex_prefill (block_size, flex_prefill_gamma, _tau, _min_budget,
             _max_budget).
@@ -51,4 +50,5 @@ def patch_model(
     if unknown := set(config or {}) - set(known):
         raise ValueError(f"{pattern} has no option '{min(unknown)}': choose {', '.join(known) or 'none'}")
     values = {ours: (config or {}).get(theirs, default) for theirs, (ours, default) in known.items()}
-    return attach(model, prefill=f"{method}:{','.join(f'{k}={v}' for k, v in values.items())}")
+    spec = f"{method}:{','.join(f'{k}={v}' for k, v in values.items())}"
+    return PatchedEngine(model, spec) if hasattr(model, "llm_engine") else attach(model, prefill=spec)
