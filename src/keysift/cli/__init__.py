@@ -1,4 +1,4 @@
-"""The command line: ``keysift generate | eval | inspect | bench | methods | info``, one file a command.
+"""The command line: ``keysift generate | serve | eval | inspect | bench | methods | info``, one file a command.
 
 This file holds the app and the error boundary: whatever the user got wrong ends as one line on standard error
 and exit code 2. Results go to standard output, everything else to standard error.
@@ -15,7 +15,19 @@ import torch
 import typer
 
 from keysift import __version__
-from keysift.cli import bench, bench_decode, bench_generate, bench_hybrid, bench_steps, generate, info, inspect, methods
+from keysift.cli import (
+    bench,
+    bench_decode,
+    bench_generate,
+    bench_hybrid,
+    bench_serve,
+    bench_steps,
+    generate,
+    info,
+    inspect,
+    methods,
+    serve,
+)
 from keysift.cli import eval as evaluation
 
 app = typer.Typer(
@@ -27,11 +39,13 @@ app = typer.Typer(
 )
 app.command("generate")(generate.command)
 app.command("eval")(evaluation.command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.command)
 app.command("inspect")(inspect.command)
 app.add_typer(bench.app, name="bench")
 bench.app.command("decode")(bench_decode.command)
 bench.app.command("steps")(bench_steps.command)
 bench.app.command("generate")(bench_generate.command)
+bench.app.command("serve")(bench_serve.command)
 bench.app.command("hybrid")(bench_hybrid.command)
 app.command("methods")(methods.command)
 app.command("info")(info.command)

