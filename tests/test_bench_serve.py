@@ -1,11 +1,11 @@
-"""What ``keysift bench serve`` does without vLLM: lists of structured prompts, and what it refuses."""
+"""What ``keysift bench serve`` does without vLLM: lists of structured prompts, arrivals, and what it refuses."""
 
 import pytest
 import torch
 
 from keysift.bench.inputs import structured_qkv
-from keysift.bench.serve import StructuredPrompt
-from keysift.cli.bench_serve import parse_run
+from keysift.bench.serve import Row, Setup, StructuredPrompt, arrival_times, highest_rates
+from keysift.cli.bench_serve import parse_rates, parse_run, print_rows
 from keysift.methods import describe, parse
 from keysift.types import KV, Ctx
 
@@ -46,3 +46,49 @@ def test_a_run_names_methods_for_both_roles_or_one():
 def test_a_run_that_says_something_else_is_refused(text):
     with pytest.raises(ValueError, match="write prefill=SPEC;decode=SPEC"):
         parse_run(text, 0)
+
+
+def test_arrivals_are_the_same_draws_at_any_rate_and_independent_of_each_other():
+    at = {rate: arrival_times(2001, rate, torch.Generator().manual_seed(5)) for rate in (0.5, 2.0)}
+    assert at[2.0] == pytest.approx([4**-1 * time for time in at[0.5]])
+    assert arrival_times(3, None, torch.Generator()) == [0, 0, 0]
+    gaps = torch.tensor(at[0.5], dtype=torch.float64).diff()
+    assert at[0.5][0] == 0
+    assert gaps.min() > 0
+    assert float(gaps.mean()) == pytest.approx(2, rel=0.1), "as many a second as asked for"
+    assert float(gaps.std()) == pytest.approx(2, rel=0.1), "of an exponential distribution, which forgets"
+
+
+def rows_of(method, waits):
+    """Rows of one load at some rates, by how long nine in ten wait."""
+    return [Row(8, 100, 10, method, rate, first_token_90_s=wait) for rate, wait in waits.items()]
+
+
+def test_the_highest_rate_is_the_last_below_which_none_was_too_much(capsys):
+    rows = [
+        *rows_of("vLLM alone", {0.1: 1.0, 0.2: 3.0, 0.4: 9.0}),
+        *rows_of("quest", {0.1: 1.0, 0.2: 2.0, 0.4: 1.5, 0.8: None}),
+        *rows_of("slow", {0.2: 1.0, 0.1: 2.5}),
+        Row(8, 100, 10, "together", first_token_90_s=1.0),
+    ]
+    found = highest_rates(rows, 2.0)
+    assert [(of["method"], of["rate"]) for of in found] == [("vLLM alone", 0.1), ("quest", 0.4), ("slow", None)]
+    print_rows(rows, found, 2.0)
+    shown = capsys.readouterr().out
+    assert "8x100x10, quest: 0.4 a second, 9 in 10 first tokens within 2 s" in shown
+    assert "slow: none of the rates" in shown
+    assert "a second" in shown.splitlines()[0] and "right" not in shown.splitlines()[0]
+
+
+def test_rates_are_numbers_above_zero():
+    assert parse_rates("2, 0.5,2") == [0.5, 2]
+    for text in ("", "fast", "0", "-1", "nan", "inf", "1,,2"):
+        with pytest.raises(ValueError, match="above 0, joined by commas"):
+            parse_rates(text)
+
+
+def test_random_weights_answer_no_questions():
+    with pytest.raises(ValueError, match="name a model"):
+        Setup("tiny", None, samples=3)
+    with pytest.raises(ValueError, match="samples=-1"):
+        Setup(None, "pocket", samples=-1)

@@ -93,3 +93,25 @@ def test_a_version_of_vllm_that_is_not_supported_is_named(cli: Cli, monkeypatch:
     monkeypatch.setitem(sys.modules, "vllm", type(sys)("vllm"))
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.1.2", raising=False)
     assert_refused(cli("serve"), "vLLM 0.1.2", "0.32.0")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--latency", "2"], ["--latency 2.0", "--rates"]),
+        (["--latency", "0", "--rates", "1"], ["--latency 0.0", "more than 0"]),
+        (["--rates", "much"], ["--rates much"]),
+        (["--loads", "4x100"], ["--loads 4x100"]),
+        (["--loads", "0x100x4"], ["--loads 0x100x4"]),
+        (["--samples", "2"], ["samples=2"]),
+        (["--model", "pocket", "--shape", "tiny"], ["--model and --shape"]),
+        (["--run", "decode=snapkv"], ["'snapkv' cannot serve in vLLM"]),
+        (["--memory", "0"], ["--memory 0"]),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_in_one_line_before_anything_starts(
+    cli: Cli, args: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", type(sys)("vllm"))
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.32.0", raising=False)
+    assert_refused(cli("bench", "serve", *args), *words)

@@ -1,4 +1,5 @@
-"""vLLM with our attention beside vLLM alone: requests that arrive together, their first tokens, and tokens a second.
+"""vLLM with our attention beside vLLM alone: first tokens and tokens a second of requests that arrive together or at a
+rate, and how many answers are right.
 
 Each server is a process of its own, one after the other, that reads the same prompts in the same chunks. With random
 weights the search of a prefill method runs on the model's own queries and keys, and attention gets the lists of a
@@ -7,13 +8,16 @@ structured prompt of the same shape, found before the clock starts, as in ``benc
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +26,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from keysift import pocket
 from keysift.attention import list_ranges
 from keysift.bench.first_token import ROPE_THETA, SHAPES
 from keysift.bench.generate import Shape
 from keysift.bench.inputs import structured_qkv
 from keysift.bench.prefill import failure
+from keysift.eval import ruler
+from keysift.eval.data import Data
 from keysift.functional import NO_LAYER
 from keysift.methods import dense, describe, parse
 from keysift.types import KV, BlockMask, Ctx, check_seed
 from keysift.vllm_plugin.options import SECTION, Options
 
 STOCK = "vLLM alone"
+POCKET = "pocket"  # as model
 ERRORS = 2000  # characters of what a server said last, if it fails
 WARM_UP_TOKENS = 8
 
@@ -43,12 +51,14 @@ class Setup:
 
     Attributes:
         shape: name of a shape of random weights in ``SHAPES``, or None.
-        model: folder of a model, or None.
+        model: folder of a model, "pocket" for the one that ships with keysift, or None.
         dtype: of weights, keys and values.
         chunk: tokens that a step of the server reads at most.
         memory: share of the GPU's memory, or on a CPU GiB of keys and values.
         seed: of prompts and of methods that draw.
         eager: without compilation and CUDA graphs.
+        rates: requests a second, at each of which a load's requests arrive; None for all of them together.
+        samples: of each of RULER's tasks that need no file, to be answered at the length of a load's prompts.
     """
 
     shape: str | None
@@ -58,9 +68,15 @@ class Setup:
     memory: float = 0.9
     seed: int = 0
     eager: bool = False
+    rates: Sequence[float | None] = (None,)
+    samples: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.samples < 0:
+            raise ValueError(f"samples={self.samples}: choose 0 or more")
+        if self.samples and self.model is None:
+            raise ValueError(f"samples={self.samples}: random weights answer nothing, name a model")
         if self.chunk < 16:
             raise ValueError(f"chunk={self.chunk}: choose 16 or more")
 
@@ -70,16 +86,20 @@ class Row:
     """One load on one server. What was not measured is None, and ``reason`` says why.
 
     Attributes:
-        requests, prompt, new: requests that arrive together, tokens of each prompt and of each answer.
+        requests, prompt, new: requests, tokens of each prompt and of each answer.
         method: "vLLM alone", or the methods.
+        rate: requests that arrive in a second on average, independently of each other; None if all arrive together.
         masks: where the prefill method's lists come from: "own" queries and keys, or "structured" ones.
         status: "ok" or "failed".
-        first_token_s, last_first_token_s: from the arrival to the first token of a request, on average and at most.
+        first_token_s, first_token_90_s, last_first_token_s: from the arrival to the first token of a request, on
+            average, of nine in ten at most, and of all.
+        token_ms: from a token of an answer to the next, on average.
         step_ms: a step when all requests have their first token and none has ended, on average.
         tokens_per_s: in such steps.
-        total_tokens_per_s: tokens of all answers over the time from the arrival to the last.
+        total_tokens_per_s: tokens of all answers over the time from the first arrival to the last token.
         earlier, faster, more: how many times vLLM alone takes so long to the average first token, and for a step, and
             how many times more tokens a second there are in all.
+        right: share of the answers to RULER's samples that is right.
         start_s: until the server was ready.
     """
 
@@ -87,29 +107,34 @@ class Row:
     prompt: int
     new: int
     method: str
+    rate: float | None = None
     masks: str = "own"
     status: str = "ok"
     reason: str | None = None
     first_token_s: float | None = None
+    first_token_90_s: float | None = None
     last_first_token_s: float | None = None
+    token_ms: float | None = None
     step_ms: float | None = None
     tokens_per_s: float | None = None
     total_tokens_per_s: float | None = None
     earlier: float | None = None
     faster: float | None = None
     more: float | None = None
+    right: float | None = None
     start_s: float | None = None
 
     @property
     def shape(self) -> str:
         """The load, as one writes it."""
-        return f"{self.requests}x{self.prompt}x{self.new}"
+        rate = "" if self.rate is None else f", {self.rate:g} a second"
+        return f"{self.requests}x{self.prompt}x{self.new}{rate}"
 
 
 def measure(
     setup: Setup, loads: Sequence[Shape], servers: Sequence[Options], start: Callable[[str], None]
 ) -> Iterator[Row]:
-    """Rows of vLLM alone and of each of the servers, all loads on one before the next.
+    """Rows of vLLM alone and of each of the servers, all loads at all rates on one before the next.
 
     Args:
         setup: what they have in common.
@@ -117,12 +142,13 @@ def measure(
         servers: methods, beside vLLM alone.
         start: called with what begins, in words.
     """
-    alone: dict[Shape, Row] = {}
+    alone: dict[tuple[Shape, float | None], Row] = {}
+    cases = list(itertools.product(loads, setup.rates))
     for options in (None, *servers):
         name = STOCK if options is None else f"prefill={describe(options.prefill)};decode={describe(options.decode)}"
         start(name)
-        for load, row in zip(loads, _of_server(setup, loads, options, name), strict=True):
-            base = alone.setdefault(load, row)
+        for case, row in zip(cases, _of_server(setup, loads, options, name), strict=True):
+            base = alone.setdefault(case, row)
             if base.status == row.status == "ok":
                 row.earlier, row.faster = (
                     _ratio(base.first_token_s, row.first_token_s),
@@ -141,21 +167,40 @@ def _of_server(setup: Setup, loads: Sequence[Shape], options: Options | None, na
     methods = None if options is None else (describe(options.prefill), describe(options.decode), options.seed)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows"
-        job = {"setup": asdict(setup), "loads": loads, "methods": methods, "folder": folder, "out": str(out)}
+        job = {"setup": asdict(setup), "loads": loads, "name": name, "methods": methods, "out": str(out)}
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         done = subprocess.run(
             [sys.executable, "-m", "keysift.bench.serve", json.dumps(job)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
         )  # fmt: skip
         rows = [Row(**json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
-    for load, row in zip(loads, rows, strict=False):
-        yield row if row.method == name else _failed(load, name, f"another server answered: {row.method}")
-    for load in loads[len(rows) :]:
-        yield _failed(load, name, done.stdout[-ERRORS:].strip() or f"the server ended with code {done.returncode}")
+    yield from rows
+    reason = done.stdout[-ERRORS:].strip() or f"the server ended with code {done.returncode}"
+    for load, rate in [*itertools.product(loads, setup.rates)][len(rows) :]:
+        yield Row(*load, name, rate, status="failed", reason=reason)
 
 
-def _failed(load: Shape, name: str, reason: str) -> Row:
-    return Row(*load, name, status="failed", reason=reason)
+def highest_rates(rows: Sequence[Row], latency: float) -> list[dict[str, Any]]:
+    """At how many requests a second a server still gives nine in ten their first token within ``latency`` seconds.
+
+    Returns:
+        A dict a load and server: requests, prompt, new, method and the highest of the measured rates up to which none
+        was too much, None if the lowest was.
+    """
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.rate is not None:
+            found.setdefault((row.requests, row.prompt, row.new, row.method), []).append(row)
+    names = ("requests", "prompt", "new", "method", "rate")
+    return [dict(zip(names, (*key, _highest(of, latency)), strict=True)) for key, of in found.items()]
+
+
+def _highest(rows: Sequence[Row], latency: float) -> float | None:
+    in_time = itertools.takewhile(
+        lambda row: row.first_token_90_s is not None and row.first_token_90_s <= latency,
+        sorted(rows, key=lambda row: row.rate or 0),
+    )
+    return max((row.rate for row in in_time if row.rate), default=None)
 
 
 # ---- in the server's process --------------------------------------------------------------------------------------
@@ -178,7 +223,7 @@ class StructuredPrompt:
                 masks.append(
                     _all_blocks(blocks, inner.block, heads[0], device) if plan is None else inner.mask(plan, blocks)
                 )
-        self.inner, self.tokens = inner, tokens
+        self.inner = inner
         self.counts = [
             torch.cat(counts, 2) for counts in zip(*((m.partial_count, m.full_count) for m in masks), strict=True)
         ]
@@ -203,11 +248,6 @@ class StructuredPrompt:
             [x[:, :, blocks.start : blocks.stop].contiguous() for x in kind] for kind in (self.counts, self.lists)
         )
         return BlockMask(partial_count, partial, full_count, full, self.block, blocks.start)
-
-    def density(self) -> float:
-        """Share of the blocks on and before the diagonal that are read."""
-        blocks = self.counts[0].shape[2]
-        return float(sum(x.double().sum() for x in self.counts)) / (self.counts[0].shape[1] * blocks * (blocks + 1) / 2)
 
 
 def _one_width(lists: Sequence[Tensor]) -> Tensor:
@@ -241,8 +281,9 @@ class Engine:
             options["gpu_memory_utilization"] = setup.memory
         else:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(setup.memory)))
+        model = str(folder) if setup.model is None else str(pocket.path()) if setup.model == POCKET else setup.model
         self.llm = LLM(
-            model=str(folder) if setup.model is None else setup.model,
+            model=model,
             dtype=setup.dtype,
             max_model_len=longest,
             max_num_batched_tokens=setup.chunk,
@@ -255,37 +296,63 @@ class Engine:
         self.params, self.start_s = SamplingParams, time.perf_counter() - began
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
 
-    def run(self, load: Shape, seed: int) -> dict[str, float]:
-        """Serve requests that arrive together; times as ``Row`` has them."""
+    def run(self, load: Shape, seed: int, rate: float | None = None) -> dict[str, float]:
+        """Serve requests that arrive together or at a rate; times as ``Row`` has them."""
         engine, (requests, prompt, new) = self.llm.llm_engine, load
         random = torch.Generator().manual_seed(seed)
         params = self.params(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
         prompts = torch.randint(self.vocabulary, (requests, prompt), generator=random).tolist()
-        began = time.perf_counter()
-        for i, ids in enumerate(prompts):
-            engine.add_request(str(i), {"prompt_token_ids": ids}, params)
-        counts: dict[str, int] = {}
-        first: dict[str, float] = {}
+        arrivals = arrival_times(requests, rate, random)
+        counts: dict[int, int] = {}
+        first: dict[int, float] = {}
+        last: dict[int, float] = {}
         marks: list[tuple[float, int, bool]] = []  # after each step: when, tokens so far, whether all are at work
-        while engine.has_unfinished_requests():
-            ended = False
+        arrived, began = 0, time.perf_counter()
+        while arrived < requests or engine.has_unfinished_requests():
+            while arrived < requests and arrivals[arrived] <= time.perf_counter() - began:
+                engine.add_request(str(arrived), {"prompt_token_ids": prompts[arrived]}, params)
+                arrived += 1
+            if not engine.has_unfinished_requests():
+                time.sleep(max(0.0, arrivals[arrived] - (time.perf_counter() - began)))
+                continue
             for out in engine.step():
-                counts[out.request_id] = len(out.outputs[0].token_ids)
-                first.setdefault(out.request_id, time.perf_counter() - began)
-                ended = ended or out.finished
-            busy = len(first) == requests and not ended
-            marks.append((time.perf_counter() - began, sum(counts.values()), busy))
-        assert all(counts[str(i)] == new for i in range(requests)), "a request has lost tokens"
-        full = [(at, tokens) for at, tokens, busy in marks if busy][1:]  # the step that gave the last first token aside
+                number, now = int(out.request_id), time.perf_counter() - began
+                counts[number] = len(out.outputs[0].token_ids)
+                first.setdefault(number, now)
+                if out.finished:
+                    last[number] = now
+            marks.append((time.perf_counter() - began, sum(counts.values()), len(first) == requests and not last))
+        assert all(counts[i] == new for i in range(requests)), "a request has lost tokens"
+        waits = sorted(first[i] - arrivals[i] for i in range(requests))
         times = {
-            "first_token_s": sum(first.values()) / requests,
-            "last_first_token_s": max(first.values()),
+            "first_token_s": statistics.mean(waits),
+            "first_token_90_s": waits[-(-9 * requests // 10) - 1],
+            "last_first_token_s": waits[-1],
             "total_tokens_per_s": requests * new / marks[-1][0],
         }
+        if new > 1:
+            times["token_ms"] = statistics.mean(last[i] - first[i] for i in range(requests)) / (new - 1) * 1e3
+        full = [(at, tokens) for at, tokens, busy in marks if busy][1:]  # the step that gave the last first token aside
         if len(full) > 1 and full[-1][1] > full[0][1]:
             seconds, tokens = full[-1][0] - full[0][0], full[-1][1] - full[0][1]
             times |= {"tokens_per_s": tokens / seconds, "step_ms": seconds / (tokens / requests) * 1e3}
         return times
+
+    def right(self, samples: int, length: int, seed: int) -> float:
+        """The share of answers that is right, to so many samples of each task of RULER's that needs no file."""
+        tokenizer = self.llm.get_tokenizer()
+        made = [
+            ruler.make_sample(task, length, index, tokenizer, Data(), seed=seed)
+            for task in ruler.OFFLINE
+            for index in range(samples)
+        ]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(sample.ids)} for sample in made],
+            [self.params(temperature=0.0, max_tokens=sample.new_tokens) for sample in made],
+            use_tqdm=False,
+        )
+        texts = (output.outputs[0].text for output in outputs)
+        return statistics.mean(ruler.grade(s.task, text, s.outputs) for s, text in zip(made, texts, strict=True))
 
     def let_go(self, load: Shape) -> None:
         """End what is left of a load's requests."""
@@ -305,6 +372,17 @@ class Engine:
         self.llm.collective_rpc(install)
 
 
+def arrival_times(requests: int, rate: float | None, random: torch.Generator) -> list[float]:
+    """When requests arrive, in seconds after the first: at a rate, independently of each other (Poisson), or together.
+
+    The same draws serve all rates.
+    """
+    if rate is None:
+        return [0.0] * requests
+    gaps = -(1 - torch.rand(requests, dtype=torch.float64, generator=random)).log() / rate
+    return [0.0, *gaps.cumsum(0)[:-1].tolist()]
+
+
 def _config(setup: Setup, longest: int) -> dict[str, Any]:
     """Of a decoder of the shape, as a model's folder has it."""
     return SHAPES[str(setup.shape)] | {
@@ -320,26 +398,48 @@ def _config(setup: Setup, longest: int) -> dict[str, Any]:
 
 
 def serve_here(job: dict[str, Any]) -> None:
-    """Measure one server in this process, a line of JSON a row; its name is that of its methods."""
+    """Measure one server in this process, a line of JSON a row."""
     setup, loads, methods = Setup(**job["setup"]), [Shape(*load) for load in job["loads"]], job["methods"]
-    name = STOCK if methods is None else f"prefill={methods[0]};decode={methods[1]}"
     prefill = dense.Method() if methods is None else parse(methods[0], "prefill")
-    structured = setup.shape is not None and prefill != dense.Method()
-    engine = Engine(setup, loads, methods, Path(job["folder"]))
-    with Path(job["out"]).open("a") as file:
+    structured = prefill if setup.shape is not None and prefill != dense.Method() else None
+    out = Path(job["out"])
+    engine = Engine(setup, loads, methods, out.parent)
+    with out.open("a") as file:
         for load in loads:
-            row = Row(*load, name, "structured" if structured else "own", start_s=engine.start_s)
-            try:
-                if structured:
-                    engine.read_structured(prefill, load.prefix, setup)
-                engine.run(load._replace(generated=WARM_UP_TOKENS), setup.seed + 1)
-                for key, value in engine.run(load, setup.seed).items():
+            for row in _of_load(engine, load, setup, job["name"], structured):
+                file.write(json.dumps(asdict(row)) + "\n")
+                file.flush()
+
+
+def _of_load(engine: Engine, load: Shape, setup: Setup, name: str, structured: Any) -> Iterator[Row]:
+    """A row a rate; ``structured`` is the method that finds what to read in a structured prompt, or None."""
+    masks = "own" if structured is None else "structured"
+    rows = [Row(*load, name, rate, masks, start_s=engine.start_s) for rate in setup.rates]
+    with _failing(rows, engine, load):
+        if structured is not None:
+            engine.read_structured(structured, load.prefix, setup)
+        engine.run(load._replace(generated=WARM_UP_TOKENS), setup.seed + 1)
+        if setup.samples:
+            right = engine.right(setup.samples, load.prefix, setup.seed)
+            for row in rows:
+                row.right = right
+    for row in rows:
+        if row.status == "ok":
+            with _failing([row], engine, load):
+                for key, value in engine.run(load, setup.seed, row.rate).items():
                     setattr(row, key, value)
-            except Exception as error:  # kernels fail in many ways, and one row must not end the others
-                row.status, row.reason = failure(error)
-                engine.let_go(load)
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
+        yield row
+
+
+@contextmanager
+def _failing(rows: Sequence[Row], engine: Engine, load: Shape) -> Iterator[None]:
+    """What fails within is these rows' failure: kernels fail in many ways, and one row must not end the others."""
+    try:
+        yield
+    except Exception as error:
+        for row in rows:
+            row.status, row.reason = failure(error)
+        engine.let_go(load)
 
 
 if __name__ == "__main__":

@@ -187,17 +187,17 @@ def rank_of(tensor_parallel: int) -> int:
     raise Exit(subprocess.run([*start, "-m", "keysift.cli", *sys.argv[1:]]).returncode)
 
 
-def parse_shapes(text: str) -> list[Shape]:
+def parse_shapes(text: str, name: str = "--shapes") -> list[Shape]:
     found = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         parts = re.fullmatch(r"([0-9]+)x([0-9]+)([kK]?)x([0-9]+)", item)
         if not parts:
-            raise ValueError(f"--shapes {item}: write BATCHxPREFIXxGENERATED, such as 4x32768x64")
+            raise ValueError(f"{name} {item}: write BATCHxPREFIXxGENERATED, such as 4x32768x64")
         found.append(Shape(int(parts[1]), int(parts[2]) * (1024 if parts[3] else 1), int(parts[4])))
         if not (found[-1].prefix and found[-1].generated):
-            raise ValueError(f"--shapes {item}: prefix and generated tokens must be 1 or more")
+            raise ValueError(f"{name} {item}: prefix and generated tokens must be 1 or more")
     if not found:
-        raise ValueError("--shapes is empty: write BATCHxPREFIXxGENERATED, such as 4x32768x64")
+        raise ValueError(f"{name} is empty: write BATCHxPREFIXxGENERATED, such as 4x32768x64")
     return list(dict.fromkeys(found))
 
 

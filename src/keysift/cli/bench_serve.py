@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 from typer import Option as option
@@ -35,8 +35,25 @@ def command(
         list[str] | None,
         option("--run", metavar="prefill=SPEC;decode=SPEC", show_default=" and ".join(RUNS), help="May be repeated."),
     ] = None,
+    rates: Annotated[
+        str | None,
+        option(
+            metavar="R,S",
+            show_default="all requests together",
+            help="Requests a second that arrive, one rate after the other.",
+        ),
+    ] = None,
+    latency: Annotated[
+        float | None,
+        option(metavar="S", help="With --rates: the highest at which 9 in 10 get their first token in S seconds."),
+    ] = None,
     shape: bench.ShapeName = None,
-    model: bench.ModelPath = None,
+    model: Annotated[
+        str | None, option(metavar="PATH", help="A model with its weights, or pocket, instead of --shape.")
+    ] = None,
+    samples: Annotated[
+        int, option(metavar="N", help="With --model: also answer N samples of each RULER task that needs no file.")
+    ] = 0,
     chunk: Annotated[int, option(metavar="N", help="Tokens that a step of the server reads at most.")] = 16384,
     memory: Annotated[
         float | None,
@@ -51,7 +68,7 @@ def command(
     ] = "auto",
     as_json: bench.AsJson = False,
 ) -> None:
-    """Time vLLM with our attention, and vLLM alone, on requests that arrive together."""
+    """Time vLLM with our attention, and vLLM alone, on requests that arrive together or at a rate."""
     if reason := unsupported():
         raise ValueError(reason)
     one_of("dtype", dtype, DTYPES)
@@ -60,9 +77,19 @@ def command(
     name = bench.shape_name(shape, model, on_gpu)
     kind = dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
     setup = serve.Setup(
-        None if model else name, model, kind, chunk, memory or (0.9 if on_gpu else 1.0), seed, eager or not on_gpu
+        shape=None if model else name,
+        model=model,
+        dtype=kind,
+        chunk=chunk,
+        memory=memory or (0.9 if on_gpu else 1.0),
+        seed=seed,
+        eager=eager or not on_gpu,
+        rates=(None,) if rates is None else parse_rates(rates),
+        samples=samples,
     )
-    sizes = (GPU_LOADS if on_gpu else CPU_LOADS) if loads is None else parse_shapes(loads)
+    if latency is not None and (rates is None or not latency > 0):
+        raise ValueError(f"--latency {latency}: goes with --rates, and is more than 0 seconds")
+    sizes = (GPU_LOADS if on_gpu else CPU_LOADS) if loads is None else parse_shapes(loads, "--loads")
     if empty := [size for size in sizes if not size.batch]:
         raise ValueError(f"--loads {empty[0]}: there must be a request")
     most = 1.0 if on_gpu else math.inf
@@ -77,7 +104,9 @@ def command(
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True
-    bench.finish(data, file, lambda: print_rows(rows), as_json)
+    if latency is not None:
+        data["highest_rates"] = serve.highest_rates(rows, latency)
+    bench.finish(data, file, lambda: print_rows(rows, data.get("highest_rates", ()), latency), as_json)
     bench.end(rows, interrupted)
 
 
@@ -92,23 +121,51 @@ def parse_run(text: str, seed: int) -> Options:
     return Options.of(section)
 
 
-def print_rows(rows: Sequence[serve.Row]) -> None:
-    grid = bench.table("requests|prompt|new|method|first token s|at most|step ms|tokens/s|in all|earlier|faster|more|")
+def parse_rates(text: str) -> list[float]:
+    """Requests a second, in rising order."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < math.inf for rate in found):
+        raise ValueError(f"--rates {text}: write requests a second, above 0, joined by commas, such as 0.5,1,2")
+    return found
+
+
+def print_rows(rows: Sequence[serve.Row], highest: Sequence[dict[str, Any]], latency: float | None) -> None:
+    columns: dict[str, Callable[[serve.Row], str]] = {
+        "requests": lambda row: f"{row.requests:,}",
+        "prompt": lambda row: f"{row.prompt:,}",
+        "new": lambda row: f"{row.new:,}",
+        "a second": lambda row: shown(row.rate, "g"),
+        "method": lambda row: row.method,
+        "first token s": lambda row: shown(row.first_token_s, ".3f"),
+        "9 in 10": lambda row: shown(row.first_token_90_s, ".3f"),
+        "at most": lambda row: shown(row.last_first_token_s, ".3f"),
+        "token ms": lambda row: shown(row.token_ms, ".2f"),
+        "step ms": lambda row: shown(row.step_ms, ".2f"),
+        "tokens/s": lambda row: shown(row.tokens_per_s, ",.1f"),
+        "in all": lambda row: shown(row.total_tokens_per_s, ",.1f"),
+        "earlier": lambda row: shown(row.earlier, ".2f"),
+        "faster": lambda row: shown(row.faster, ".2f"),
+        "more": lambda row: shown(row.more, ".2f"),
+        "right": lambda row: shown(row.right, ".1%"),
+        "": lambda row: "" if row.status == "ok" else row.status,
+    }
+    for title, field in {
+        "a second": "rate",
+        "step ms": "step_ms",
+        "tokens/s": "tokens_per_s",
+        "right": "right",
+    }.items():
+        if all(getattr(row, field) is None for row in rows):
+            del columns[title]
+    grid = bench.table("|".join(columns))
     for row in rows:
-        grid.add_row(
-            f"{row.requests:,}",
-            f"{row.prompt:,}",
-            f"{row.new:,}",
-            row.method,
-            shown(row.first_token_s, ".3f"),
-            shown(row.last_first_token_s, ".3f"),
-            shown(row.step_ms, ".2f"),
-            shown(row.tokens_per_s, ",.1f"),
-            shown(row.total_tokens_per_s, ",.1f"),
-            shown(row.earlier, ".2f"),
-            shown(row.faster, ".2f"),
-            shown(row.more, ".2f"),
-            "" if row.status == "ok" else row.status,
-        )
+        grid.add_row(*(cell(row) for cell in columns.values()))
     bench.show_table(grid)
+    for of in highest:
+        rate = "none of the rates" if of["rate"] is None else f"{of['rate']:g} a second"
+        load = f"{of['requests']}x{of['prompt']}x{of['new']}"
+        print(f"{load}, {of['method']}: {rate}, 9 in 10 first tokens within {latency:g} s")
     bench.print_reasons(rows)

@@ -44,14 +44,20 @@ def _write(
     known = row >= 0
     page = tl.load(table + b * table_stride + row // PAGE, mask=known, other=0).to(tl.int64)
     row = tl.where(known, row % PAGE, 0)
-    head = tl.arange(0, HEADS_PAD)[:, None]
-    d, dv = tl.arange(0, D_PAD)[None, :], tl.arange(0, DV_PAD)[None, :]
+    k += page * k_page + row * k_row
+    v += page * v_page + row * v_row
+    _copy_row(k, new_k + b * from_k_b + t * from_k_t, k_head, from_k_h, HEADS, HEADS_PAD, D, D_PAD)
+    _copy_row(v, new_v + b * from_v_b + t * from_v_t, v_head, from_v_h, HEADS, HEADS_PAD, DV, DV_PAD)
+
+
+@triton.jit
+def _copy_row(
+    to, x, to_head, x_head, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """What all heads have of a row."""
+    head, d = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, D_PAD)[None, :]
     inside = (head < HEADS) & (d < D)
-    x = tl.load(new_k + b * from_k_b + t * from_k_t + head * from_k_h + d, mask=inside)
-    tl.store(k + page * k_page + row * k_row + head * k_head + d, x, mask=inside)
-    inside = (head < HEADS) & (dv < DV)
-    x = tl.load(new_v + b * from_v_b + t * from_v_t + head * from_v_h + dv, mask=inside)
-    tl.store(v + page * v_page + row * v_row + head * v_head + dv, x, mask=inside)
+    tl.store(to + head * to_head + d, tl.load(x + head * x_head + d, mask=inside), mask=inside)
 
 
 def write_at(k: Tensor, v: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots: Tensor) -> None:
@@ -86,14 +92,10 @@ def _write_at(
     slot = tl.load(slots + t * of_slots).to(tl.int64)
     if slot >= 0:
         page, row = slot // PAGE, slot % PAGE
-        head = tl.arange(0, HEADS_PAD)[:, None]
-        d, dv = tl.arange(0, D_PAD)[None, :], tl.arange(0, DV_PAD)[None, :]
-        inside = (head < HEADS) & (d < D)
-        x = tl.load(new_k + t * from_k_t + head * from_k_h + d, mask=inside)
-        tl.store(k + page * k_page + row * k_row + head * k_head + d, x, mask=inside)
-        inside = (head < HEADS) & (dv < DV)
-        x = tl.load(new_v + t * from_v_t + head * from_v_h + dv, mask=inside)
-        tl.store(v + page * v_page + row * v_row + head * v_head + dv, x, mask=inside)
+        k += page * k_page + row * k_row
+        v += page * v_page + row * v_row
+        _copy_row(k, new_k + t * from_k_t, k_head, from_k_h, HEADS, HEADS_PAD, D, D_PAD)
+        _copy_row(v, new_v + t * from_v_t, v_head, from_v_h, HEADS, HEADS_PAD, DV, DV_PAD)
 
 
 def bounds(

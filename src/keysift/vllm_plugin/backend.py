@@ -10,7 +10,7 @@ from torch import Tensor
 from keysift.attention import LIST_BYTES
 from keysift.vllm_plugin.batch import Batch, Batches
 from keysift.vllm_plugin.layer import DENSE, Layer, LayerAttention, method_of
-from keysift.vllm_plugin.options import BLOCK_SIZE, Options, options_of
+from keysift.vllm_plugin.options import BLOCK_SIZE, CACHE_DTYPES, Options, options_of
 from keysift.vllm_plugin.pages import PageLayout
 from keysift.vllm_plugin.versions import enlarge_page, flash_attention, layouts, names
 
@@ -23,7 +23,7 @@ class Backend(vllm.Backend):  # type: ignore[name-defined]
 
     forward_includes_kv_cache_update: ClassVar[bool] = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*CACHE_DTYPES]
 
     @staticmethod
     def get_name() -> str:

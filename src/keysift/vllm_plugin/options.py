@@ -14,6 +14,7 @@ from keysift.types import check_seed
 
 SECTION = "keysift"  # of --additional-config
 BLOCK_SIZE = 128  # tokens a page, where the user says nothing
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")  # of keys and values, as vLLM calls them
 DECODES = ("dense", "magicpig", "quest", "signbits", "streaming")  # what they keep of a key fits beside it in its page
 
 
@@ -95,8 +96,7 @@ def check(vllm_config: Any, selected: bool) -> None:
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "keys and values in host memory (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
-        f"a KV cache in {cache.cache_dtype} (--kv-cache-dtype)": cache.cache_dtype
-        not in ("auto", "float16", "bfloat16", "float32"),
+        f"a KV cache in {cache.cache_dtype} (--kv-cache-dtype)": cache.cache_dtype not in CACHE_DTYPES,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual-batch overlap (--enable-dbo)": getattr(parallel, "enable_dbo", False),

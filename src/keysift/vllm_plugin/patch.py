@@ -14,7 +14,7 @@ from torch import Tensor
 from keysift.methods import parse
 from keysift.vllm_plugin.batch import Batches
 from keysift.vllm_plugin.layer import LayerAttention
-from keysift.vllm_plugin.options import Options
+from keysift.vllm_plugin.options import CACHE_DTYPES, Options
 from keysift.vllm_plugin.pages import PageLayout, Pages
 from keysift.vllm_plugin.versions import flash_attention, names, unsupported
 
@@ -92,10 +92,8 @@ def _patched(vllm_config: Any, name: str, layer: Any, stock: Any, spec: str) -> 
 
     backend, dtype = layer.attn_backend.get_name(), layer.kv_cache_dtype
     if backend not in BACKENDS:
-        raise ValueError(
-            f"patch_model cannot patch {backend}: start vLLM with --attention-backend {' or '.join(BACKENDS)}"
-        )
-    if dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise ValueError(f"patch_model cannot patch {backend}: start vLLM with --attention-backend FLASH_ATTN")
+    if dtype not in CACHE_DTYPES:
         raise ValueError(f"keysift's attention does not serve a KV cache in {dtype} (--kv-cache-dtype): leave it out")
     refuse(
         softcap=getattr(stock, "logits_soft_cap", None),
