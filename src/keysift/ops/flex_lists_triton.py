@@ -9,7 +9,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 
 from keysift.ops import flex_search
 from keysift.ops.flex_search import FlexPlan
-from keysift.ops.flex_search_triton import beside, row_block, seen_from, warps, with_near
+from keysift.ops.flex_search_triton import POSITIONS, beside, row_block, seen_from, warps, with_near
 from keysift.types import BlockMask
 
 FIRST_OF_NONE = tl.constexpr(flex_search.FIRST_OF_NONE)
@@ -25,7 +25,7 @@ def _enough(score, estimate, cutoff, share, least):
     return enough
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*POSITIONS, "first_block"])
 def _chosen(
     mean,
     last,

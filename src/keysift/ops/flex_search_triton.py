@@ -25,6 +25,7 @@ KEY_TILE = 128  # keys that are loaded at a time
 KEY_TILES = 32  # ... and that one program goes through
 WARP_ELEMENTS = 256  # that a warp holds, where a program goes through a row at once
 TILE_ROWS = 64  # query rows of one program, the heads of a group together
+POSITIONS = ["first", "keys", "first_strip"]  # of any size: not each may mean a kernel of its own
 OCTAVES = tl.constexpr(flex_search.OCTAVES)
 NEIGHBOURS = tl.constexpr(flex_search.NEIGHBOURS)
 NEAR = tl.constexpr(flex_search.NEAR)
@@ -61,7 +62,7 @@ def _key_tile(k, table, b, row, last, head, k_b, k_s, k_h, ROWS: tl.constexpr, D
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=POSITIONS)
 def _tile_mass(
     q,
     k,
@@ -134,7 +135,7 @@ def _tile_mass(
         tl.store(out + at[:, None] + column[None, :], result, mask=real[:, None] & (column[None, :] < end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=POSITIONS)
 def _strip_mass(
     rows_mass,
     mean,
@@ -169,7 +170,7 @@ def _strip_mass(
         tl.store(half + at, tl.sum(even, 0) / (PER // 2), mask=column < blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys"])
 def _last_mass(rows_mass, last, keys, rows, tail, blocks, TILES: tl.constexpr, TILE: tl.constexpr, C_PAD: tl.constexpr):
     """Largest share of attention that one of the last rows gives to each key block, of ``TILES`` tiles each."""
     row, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -229,7 +230,7 @@ def beside(
     return total / tl.maximum(number, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=POSITIONS)
 def _held_out(
     mean,
     half,

@@ -115,7 +115,7 @@ def bounds(
     return first, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "sinks", "window", "last"])
 def _bounds(
     first, rows, start, length, end, of_start, of_length, of_end, n, sinks, window, last,
     CUT: tl.constexpr, SIZE: tl.constexpr, CHAINED: tl.constexpr,
