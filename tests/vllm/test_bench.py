@@ -9,37 +9,34 @@ from pathlib import Path
 
 def test_servers_are_timed_one_after_the_other(tmp_path):
     line = [Path(sys.executable).with_name("keysift"), "bench", "serve", "--shape", "tiny", "--loads", "3x700x6"]
-    runs = ["prefill=flexprefill:dense_below=0,block=16;decode=quest:dense_below=0", "decode=signbits:bits=32"]
-    line += ["--chunk", "512", "--out", tmp_path, *(word for run in runs for word in ("--run", run))]
+    line += ["--run", "prefill=flexprefill:dense_below=0,block=16;decode=quest:dense_below=0"]
+    line += ["--chunk", "512", "--out", tmp_path]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 2 and "bits=32" in done.stderr  # before anything is started
-    line[-1] = "decode=signbits"
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads((tmp_path / "serve.json").read_text())
     assert data["versions"]["vllm"]
-    alone, both, steps = data["rows"]
-    assert [row["masks"] for row in data["rows"]] == ["own", "structured", "own"]
+    alone, ours = data["rows"]
+    assert [row["masks"] for row in data["rows"]] == ["own", "structured"]
     assert (alone["method"], alone["earlier"], alone["more"]) == ("vLLM alone", 1, 1)
-    for row in (alone, both, steps):
+    for row in (alone, ours):
         assert row["status"] == "ok", row["reason"]
         assert 0 < row["first_token_s"] <= row["last_first_token_s"]
         assert row["total_tokens_per_s"] * row["last_first_token_s"] < 3 * 6
 
 
 def test_requests_arrive_at_rates_and_answers_are_counted(tmp_path):
-    line = [Path(sys.executable).with_name("keysift"), "bench", "serve", "--model", "pocket", "--loads", "4x1536x8"]
+    line = [Path(sys.executable).with_name("keysift"), "bench", "serve", "--model", "pocket", "--loads", "4x1024x8"]
     line += ["--run", "prefill=flexprefill:dense_below=0,block=64;decode=quest:dense_below=0,keep=0.1"]
-    line += ["--rates", "0.5,50", "--latency", "60", "--samples", "1", "--out", tmp_path]
+    line += ["--rates", "2,50", "--latency", "60", "--samples", "1", "--out", tmp_path]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads((tmp_path / "serve.json").read_text())
     assert [(row["method"] == "vLLM alone", row["rate"]) for row in data["rows"]] == [
-        (True, 0.5),
+        (True, 2),
         (True, 50),
-        (False, 0.5),
+        (False, 2),
         (False, 50),
     ]
     for row in data["rows"]:
@@ -47,8 +44,7 @@ def test_requests_arrive_at_rates_and_answers_are_counted(tmp_path):
         assert 0 < row["first_token_s"] <= row["first_token_90_s"] <= row["last_first_token_s"]
         assert row["token_ms"] > 0
     slow, fast, *_ = data["rows"]
-    assert slow["total_tokens_per_s"] < 4 * 8 / 2, "at one request in two seconds the last comes after some"
-    assert slow["total_tokens_per_s"] < fast["total_tokens_per_s"]
+    assert slow["total_tokens_per_s"] < fast["total_tokens_per_s"], "the last request comes late"
     alone, _, ours, _ = (row["right"] for row in data["rows"])
     assert alone > 0.6 and ours > alone - 0.2
     assert [of["rate"] for of in data["highest_rates"]] == [50, 50]
