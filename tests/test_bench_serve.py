@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from keysift.bench.inputs import structured_qkv
-from keysift.bench.serve import Row, Setup, StructuredPrompt, arrival_times, highest_rates
+from keysift.bench.serve import Row, Setup, highest_rates
+from keysift.bench.server import StructuredPrompt, arrival_times
 from keysift.cli.bench_serve import parse_rates, parse_run, print_rows
 from keysift.methods import describe, parse
 from keysift.types import KV, Ctx

@@ -1,6 +1,7 @@
 """``keysift serve`` as OpenAI's clients see it: answers, streams, clients that leave, and hundreds of them at once."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.vllm.answers import DIGITS, book, question, served
+from tests.vllm.answers import DIGITS, MODEL, book, question, served
 
 METHODS = {"prefill": "flexprefill:min_budget=128,block=64,dense_below=0", "decode": "quest:keep=0.1,dense_below=0"}
 NAME, LONGEST = "keysift-pocket", 2048  # tokens
@@ -186,6 +187,17 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(client, asked, offli
     for word in words:
         assert word in str(refused.value)
     assert client.completions.create(**good).choices[0].text == offline[0]
+
+
+def test_vllm_bench_serve_counts_every_request(server, tmp_path):
+    line = [sys.executable, "-m", "keysift.vllm_plugin.launch", "bench", "serve", "--backend", "openai"]
+    line += ["--base-url", server.url, "--model", NAME, "--tokenizer", MODEL, "--dataset-name", "random"]
+    line += ["--random-input-len", "300", "--random-output-len", "8", "--num-prompts", "12", "--ignore-eos"]
+    line += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (12, 96)
 
 
 def test_clients_that_leave_in_mid_stream_leave_nothing_running(server, client, asked, offline):
