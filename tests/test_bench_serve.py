@@ -1,10 +1,14 @@
 """What ``keysift bench serve`` does without vLLM: lists of structured prompts, arrivals, and what it refuses."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
 from keysift.bench.inputs import structured_qkv
-from keysift.bench.serve import Row, Setup, highest_rates
+from keysift.bench.serve import Row, Setup, _lines_of, highest_rates
 from keysift.bench.server import StructuredPrompt, arrival_times
 from keysift.cli.bench_serve import parse_rates, parse_run, print_rows
 from keysift.methods import describe, parse
@@ -13,11 +17,12 @@ from keysift.types import KV, Ctx
 TOKENS, CHUNK, HEADS, KV_HEADS, DIM = 1024, 512, 4, 2, 32
 
 
+@pytest.mark.parametrize("chunk", [CHUNK, CHUNK + 30], ids=["of blocks", "a little more"])
 @pytest.mark.parametrize("first", [0, 300, 512, 1000])
-def test_any_part_of_a_prompt_gets_the_lists_of_the_structured_one(first):
+def test_any_part_of_a_prompt_gets_the_lists_of_the_structured_one(first, chunk):
     """However the server cuts it, a query block reads what it reads when the structured prompt is read in chunks."""
     inner = parse("flexprefill:dense_below=0,block=64,gamma=0.8", "prefill")
-    structured = StructuredPrompt(inner, TOKENS, CHUNK, (HEADS, KV_HEADS, DIM), "cpu", seed=3)
+    structured = StructuredPrompt(inner, TOKENS, chunk, (HEADS, KV_HEADS, DIM), "cpu", seed=3)
     q, k, v = structured_qkv(TOKENS, HEADS, KV_HEADS, DIM, seed=3, device="cpu")
     wanted = []
     for lo in (0, CHUNK):
@@ -93,3 +98,25 @@ def test_random_weights_answer_no_questions():
         Setup("tiny", None, samples=3)
     with pytest.raises(ValueError, match="samples=-1"):
         Setup(None, "pocket", samples=-1)
+
+
+def test_lines_come_as_they_are_written_and_only_when_they_are_whole(tmp_path):
+    """What a server has measured is on disk before it measures on, and an interrupted run keeps it."""
+    file, go_on = tmp_path / "rows", tmp_path / "go-on"
+    file.touch()
+    program = f"""if True:
+        import pathlib, time
+        file, go_on = pathlib.Path({str(file)!r}), pathlib.Path({str(go_on)!r})
+        file.write_text("one\\ntw")
+        while not go_on.exists():
+            time.sleep(0.01)
+        file.write_text("one\\ntwo\\nthree\\n")
+    """
+    process = subprocess.Popen([sys.executable, "-c", program])
+    lines = _lines_of(process, file)
+    assert next(lines) == "one"
+    assert process.poll() is None
+    time.sleep(0.3)  # nothing more is whole
+    go_on.touch()
+    assert list(lines) == ["two", "three"]
+    assert process.wait() == 0

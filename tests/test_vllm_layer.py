@@ -206,14 +206,14 @@ def test_a_shared_page_gives_what_a_cold_run_gives(decode):
 
 
 @pytest.mark.parametrize("decode", DECODES[2:])
-@pytest.mark.parametrize(("prompt", "source"), [(200, 256), (129, 256), (200, 128)])
+@pytest.mark.parametrize(("prompt", "source"), [(200, 256), (129, 256), (200, 128), (129, 128)])
 def test_a_page_may_be_shared_in_the_batch_that_fills_it(decode, prompt, source):
     """vLLM hands pages out as soon as it knows what will be in them: the hit comes first, its source behind it."""
     world = World("dense", decode, (300, 300))
     for x in (world.q, world.k, world.v):
         x[1][:PAGE] = x[0][:PAGE]
     world.table[1, 0] = world.table[0, 0]
-    if source == PAGE:  # filled by a step
+    if source == PAGE:  # filled by a step, the last of whose batch may be another's single token: all are steps then
         world.batch([(0, 0, PAGE - 1)], [0])
         outs = [
             world.attend(parts, world.metadata(parts, [1]))[1] for parts in [[(0, PAGE - 1, PAGE), (1, PAGE, prompt)]]
@@ -234,6 +234,19 @@ def test_padded_batches_may_know_less_of_who_is_in_the_prompt():
     lengths = torch.tensor([300, 300, 0, 0], dtype=torch.int32)
     batch = world.batches.batch([0, 1, 2, 2, 2], lengths.tolist(), lengths, table, LONGEST, torch.tensor([True, False]))
     assert (batch.steps.middle_length > 0).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("prefill", ["streaming:sinks=16,window=64,block=16", "flexprefill:dense_below=0,block=16"])
+def test_a_step_behind_a_prompt_is_a_step(prefill):
+    """vLLM's own backends, which ``patch_model`` takes the batches of, do not put steps first."""
+    world = World(prefill, "dense", (301, 300))
+    world.batch([(0, 0, 300)], [0])
+    parts = [(1, 0, 300), (0, 300, 301)]
+    outs = world.attend(parts, world.metadata(parts, [1]))
+    wanted = world.expected("dense", "dense", 0, 300, [(0, 300)])[300:]
+    torch.testing.assert_close(outs[0], wanted, rtol=1e-4, atol=1e-5)
+    wanted = world.expected(prefill, "dense", 1, 300, [(0, 300)])
+    torch.testing.assert_close(outs[1], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decode", DECODES[2:])

@@ -198,6 +198,8 @@ class Rows(Protocol):
 
     def longest_middle(self, method: Decode) -> int: ...
 
+    def most_outside(self, method: Decode) -> int | None: ...
+
     def index(self, method: Decode, q_BHD: Tensor, ctx: Ctx) -> Index: ...
 
 
@@ -231,7 +233,7 @@ def attend(q_BHD: Tensor, store: Rows, method: Decode, selection: Selection | No
     kv = store.view()
     if selection is None:
         return short_attention(q_BHD[:, None], kv, ctx.scale, dtype=q_BHD.dtype)
-    outside = method.sinks + method.window if method.grows else None
+    outside = store.most_outside(method)
     return gather_attention(q_BHD, kv, selection, ctx.scale, store.middle(method), q_BHD.dtype, outside=outside)
 
 

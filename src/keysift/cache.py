@@ -207,6 +207,10 @@ class Store:
         slots, _, _ = self._made()
         return slots.longest_part(method.sinks, method.window, method.grows)
 
+    def most_outside(self, method: Decode) -> int | None:
+        """Rows of a sequence outside its middle at most, as far as the host knows; None for any number."""
+        return method.sinks + method.window if method.grows else None
+
     def index(self, method: Decode, q_BHD: Tensor, ctx: Ctx) -> Index:
         """Side data of ``method``, built or extended as needed.
 

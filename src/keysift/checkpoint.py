@@ -51,12 +51,7 @@ def load(name: str, device: torch.device, dtype: Any, ranks: int = 1) -> tuple[A
     local, config = is_folder(name), read_config(name)
     if local and not any(Path(name).glob("*.safetensors")):
         raise ValueError(f"model={name} has no safetensors: pickled weights could run anything, so convert them first")
-    if local and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise ValueError(f"model={name} has no tokenizer: its files (tokenizer.json, ...) belong beside config.json")
-    with one_error(name, "tokenizer", local):
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        raise ValueError(f"model={name} has no tokenizer: its files (tokenizer.json, ...) belong beside config.json")
+    tokenizer = read_tokenizer(name)
     with one_error(name, "weights", local):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,
@@ -81,6 +76,18 @@ def read_config(name: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
     check_causal(name, config)
     return config
+
+
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub id."""
+    local, missing = is_folder(name), "has no tokenizer: its files (tokenizer.json, ...) belong beside config.json"
+    if local and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise ValueError(f"model={name} {missing}")
+    with one_error(name, "tokenizer", local):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise ValueError(f"model={name} {missing}")
+    return tokenizer
 
 
 def sharded(ranks: int) -> dict[str, Any]:

@@ -55,6 +55,10 @@ def test_the_pocket_model_has_a_name_of_its_own(cli: Cli) -> None:
     assert line[-3:] == ["--enforce-eager", "--max-num-seqs", "3"]
 
 
+def test_options_of_vllms_may_begin_like_help(cli: Cli) -> None:
+    assert line_of(cli("serve", "pocket", "--dry-run", "-dph", "-h"))[-2:] == ["-dph", "-h"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -107,6 +111,12 @@ def test_a_version_of_vllm_that_is_not_supported_is_named(cli: Cli, monkeypatch:
         (["--model", "pocket", "--shape", "tiny"], ["--model and --shape"]),
         (["--run", "decode=snapkv"], ["'snapkv' cannot serve in vLLM"]),
         (["--memory", "0"], ["--memory 0"]),
+        (["--memory", "inf"], ["--memory inf"]),
+        (["--memory", "1.5"], ["--memory 1.5", "whole"]),
+        (["--chunk", "16", "--loads", "17x100x4"], ["--chunk 16", "17 requests"]),
+        (["--model", "no/such/folder"], ["no/such/folder"]),
+        (["--model", "pocket", "--loads", "1x33000x8"], ["33,008 tokens", "32,768"]),
+        (["--model", "pocket", "--loads", "1x100x8", "--samples", "1"], ["length=100", "needs at least"]),
     ],
 )
 def test_what_cannot_be_timed_is_refused_in_one_line_before_anything_starts(

@@ -161,6 +161,8 @@ def test_patch_model_refuses_what_it_does_not_know_and_leaves_the_engine_as_it_w
         ({"seed": -1}, {}, ["seed=-1"]),
         ("quest", {}, ["keysift='quest'", "object"]),
         ({"decode": "magicpig"}, {"block_size": 16}, ["--block-size 16", "multiples of"]),
+        ({"decode": "quest:keep_bytes=0.05"}, {}, ["keep_bytes=0.05", "to choose alone takes 0.062"]),
+        ({}, {"kv_cache_dtype": "bfloat16"}, ["bfloat16", "--kv-cache-dtype"]),
         ({}, {"kv_cache_dtype": "fp8"}, ["fp8", "--kv-cache-dtype"]),
         (
             {},
@@ -193,6 +195,38 @@ def test_patch_model_refuses_a_version_that_is_not_supported(monkeypatch):
         monkeypatch.setattr("vllm.__version__", "0.99.1")
         with pytest.raises(ValueError, match=r"0\.99\.1"):
             keysift.patch_model(llm, "flex_prefill")
+
+
+def test_patch_model_refuses_an_engine_whose_steps_are_no_steps(prompts):
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    with served(speculative_config=drafts) as llm:
+        before = tokens(llm, prompts[2:4], NEW)
+        with pytest.raises(ValueError, match="--speculative-config"):
+            keysift.patch_model(llm, "flex_prefill")
+        assert tokens(llm, prompts[2:4], NEW) == before
+
+
+def test_an_error_within_a_patch_is_not_hidden_by_what_follows_from_it(prompts, monkeypatch):
+    def fail(llm):
+        with keysift.patch_model(llm, "flex_prefill"):
+            monkeypatch.setattr(llm.llm_engine, "has_unfinished_requests", lambda: True)  # as it leaves them behind
+            raise KeyError("mine")
+
+    with served() as llm:
+        with pytest.raises(KeyError, match="mine") as error:
+            fail(llm)
+        assert "still read by flexprefill" in error.value.__notes__[0]
+
+
+def test_a_first_page_that_steps_fill_is_made_as_one_that_a_prompt_fills(prompts):
+    """The side data of the former are made between two batches, which may be graphs."""
+    methods = {"decode": "signbits:keep=0.05,window=8,sinks=4,dense_layers=none,dense_below=0"}
+    ids = prompts[4][:100]
+    with served(methods=methods) as llm:
+        said = tokens(llm, [ids], 60)[0]
+        hit = log_likelihoods(llm, [ids + said], NEW)  # its first page is the one that steps have filled
+    with served(methods=methods) as llm:
+        assert log_likelihoods(llm, [ids + said], NEW) == pytest.approx(hit, abs=1e-3)
 
 
 def random_model(folder, family, **options):

@@ -14,11 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from keysift import pocket
 from keysift.bench.generate import Shape
 from keysift.methods import describe
 from keysift.types import check_seed
@@ -27,6 +29,13 @@ from keysift.vllm_plugin.options import Options
 STOCK = "vLLM alone"
 POCKET = "pocket"  # as model
 ERRORS = 2000  # characters of what a server said last, if it fails
+WARM_UP_TOKENS = 8  # of an answer, before the clock starts
+LOOK_S = 0.2  # between looks for what a server has measured
+
+
+def longest(loads: Sequence[Shape]) -> int:
+    """Tokens that a request of these loads has at most, in the warm-up too."""
+    return max(load.prefix + max(load.generated, WARM_UP_TOKENS) for load in loads)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,11 @@ class Setup:
             raise ValueError(f"samples={self.samples}: random weights answer nothing, name a model")
         if self.chunk < 16:
             raise ValueError(f"chunk={self.chunk}: choose 16 or more")
+
+    @property
+    def model_name(self) -> str | None:
+        """The model's folder or hub id; None with random weights."""
+        return str(pocket.path()) if self.model == POCKET else self.model
 
 
 @dataclass
@@ -150,18 +164,41 @@ def _of_server(setup: Setup, loads: Sequence[Shape], options: Options | None, na
     """Rows of one server, which a process of its own measures."""
     methods = None if options is None else (describe(options.prefill), describe(options.decode), options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows"
+        out, log = Path(folder) / "rows", Path(folder) / "log"
+        out.touch()
         job = {"setup": asdict(setup), "loads": loads, "name": name, "methods": methods, "out": str(out)}
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        done = subprocess.run(
-            [sys.executable, "-m", "keysift.bench.server", json.dumps(job)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-        )  # fmt: skip
-        rows = [Row(**json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
-    yield from rows
-    reason = done.stdout[-ERRORS:].strip() or f"the server ended with code {done.returncode}"
-    for load, rate in [*itertools.product(loads, setup.rates)][len(rows) :]:
-        yield Row(*load, name, rate, status="failed", reason=reason)
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "keysift.bench.server", json.dumps(job)],
+                env=environment, stdout=said, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        rows = 0
+        try:
+            for line in _lines_of(process, out):
+                rows += 1
+                yield Row(**json.loads(line))
+        finally:
+            process.terminate()
+            process.wait()
+        reason = log.read_text(errors="replace")[-ERRORS:].strip()
+    for load, rate in [*itertools.product(loads, setup.rates)][rows:]:
+        yield Row(
+            *load, name, rate, status="failed", reason=reason or f"the server ended with code {process.returncode}"
+        )
+
+
+def _lines_of(process: subprocess.Popen[bytes], file: Path) -> Iterator[str]:
+    """The lines that a process writes to a file, each as soon as it is whole, until the process ends."""
+    seen = 0
+    ended = False
+    while not ended:
+        ended = process.poll() is not None
+        *lines, _ = file.read_text().split("\n")
+        yield from lines[seen:]
+        seen = len(lines)
+        if not ended:
+            time.sleep(LOOK_S)
 
 
 def highest_rates(rows: Sequence[Row], latency: float) -> list[dict[str, Any]]:

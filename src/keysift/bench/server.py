@@ -17,21 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from keysift import pocket
 from keysift.attention import list_ranges
 from keysift.bench.first_token import ROPE_THETA, SHAPES
 from keysift.bench.generate import Shape
 from keysift.bench.inputs import structured_qkv
 from keysift.bench.prefill import failure
-from keysift.bench.serve import POCKET, Row, Setup
+from keysift.bench.serve import WARM_UP_TOKENS, Row, Setup, longest
 from keysift.eval import ruler
 from keysift.eval.data import Data
 from keysift.functional import NO_LAYER
 from keysift.methods import dense, parse
 from keysift.types import KV, BlockMask, Ctx
 from keysift.vllm_plugin.options import SECTION
-
-WARM_UP_TOKENS = 8
 
 
 class StructuredPrompt:
@@ -40,7 +37,9 @@ class StructuredPrompt:
     def __init__(
         self, inner: Any, tokens: int, chunk: int, heads: tuple[int, int, int], device: Any, seed: int
     ) -> None:
-        """Search a prompt of ``tokens`` tokens in chunks; ``heads`` are query heads, KV heads and head dim."""
+        """Search a prompt of ``tokens`` tokens in chunks of whole blocks, about ``chunk`` tokens each; ``heads`` are
+        query heads, KV heads and head dim."""
+        chunk = max(inner.block, chunk // inner.block * inner.block)
         q, k, v = structured_qkv(tokens, *heads, seed=seed, device=device)
         masks: list[BlockMask] = []
         for lo in range(0, tokens, chunk):
@@ -95,9 +94,9 @@ class Engine:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]
 
         began = time.perf_counter()
-        longest = max(load.prefix + load.generated for load in loads) + WARM_UP_TOKENS
+        length = longest(loads)
         if setup.shape is not None:
-            (folder / "config.json").write_text(json.dumps(_config(setup, longest)))
+            (folder / "config.json").write_text(json.dumps(_config(setup, length)))
         options: dict[str, Any] = (
             {"load_format": "dummy", "skip_tokenizer_init": True} if setup.shape is not None else {}
         )
@@ -109,11 +108,10 @@ class Engine:
             options["gpu_memory_utilization"] = setup.memory
         else:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(setup.memory)))
-        model = str(folder) if setup.model is None else str(pocket.path()) if setup.model == POCKET else setup.model
         self.llm = LLM(
-            model=model,
+            model=setup.model_name or str(folder),
             dtype=setup.dtype,
-            max_model_len=longest,
+            max_model_len=length,
             max_num_batched_tokens=setup.chunk,
             max_num_seqs=max(load.batch for load in loads),
             enable_prefix_caching=False,
@@ -245,10 +243,17 @@ def _of_load(engine: Engine, load: Shape, setup: Setup, name: str, structured: A
     rows = [Row(*load, name, rate, masks, start_s=engine.start_s) for rate in setup.rates]
     with _failing(rows, engine, load):
         if structured is not None:
-            engine.read_structured(structured, load.prefix, setup)
+            # a request that vLLM has put off reads what was answered again, as a part of its prompt
+            engine.read_structured(structured, longest([load]), setup)
         engine.run(load._replace(generated=WARM_UP_TOKENS), setup.seed + 1)
-        if setup.samples:
+    if setup.samples:
+        try:
             right = engine.right(setup.samples, load.prefix, setup.seed)
+        except Exception as error:  # times can be had all the same
+            engine.let_go(load)
+            for row in rows:
+                row.reason = row.reason or f"no answers: {failure(error)[1]}"
+        else:
             for row in rows:
                 row.right = right
     for row in rows:

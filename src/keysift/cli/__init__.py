@@ -39,7 +39,11 @@ app = typer.Typer(
 )
 app.command("generate")(generate.command)
 app.command("eval")(evaluation.command)
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.command)
+# what begins with -h may be an option of vLLM's, which is handed on
+app.command(
+    "serve",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
+)(serve.command)
 app.command("inspect")(inspect.command)
 app.add_typer(bench.app, name="bench")
 bench.app.command("decode")(bench_decode.command)

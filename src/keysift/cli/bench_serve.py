@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,10 +13,13 @@ from typer import Option as option
 
 from keysift.bench import serve
 from keysift.bench.generate import Shape
-from keysift.checkpoint import pick_device
+from keysift.checkpoint import pick_device, read_config, read_tokenizer
 from keysift.cli import bench
 from keysift.cli.bench import shown
 from keysift.cli.bench_generate import parse_shapes
+from keysift.eval import ruler
+from keysift.eval.data import Data
+from keysift.hf.config import context_tokens
 from keysift.types import one_of
 from keysift.vllm_plugin.options import Options
 from keysift.vllm_plugin.versions import unsupported
@@ -90,11 +94,11 @@ def command(
     if latency is not None and (rates is None or not latency > 0):
         raise ValueError(f"--latency {latency}: goes with --rates, and is more than 0 seconds")
     sizes = (GPU_LOADS if on_gpu else CPU_LOADS) if loads is None else parse_shapes(loads, "--loads")
-    if empty := [size for size in sizes if not size.batch]:
-        raise ValueError(f"--loads {empty[0]}: there must be a request")
-    most = 1.0 if on_gpu else math.inf
-    if memory is not None and not 0 < memory <= most:
-        raise ValueError(f"--memory {memory}: a share of a GPU's memory, above 0 and at most 1; on a CPU, GiB")
+    check_loads(setup, sizes)
+    if memory is not None and not (0 < memory <= 1 if on_gpu else 1 <= memory < math.inf and memory % 1 == 0):
+        raise ValueError(
+            f"--memory {memory}: a share of a GPU's memory, above 0 and at most 1; on a CPU, GiB, a whole number"
+        )
     servers = [parse_run(text, seed) for text in runs or RUNS]
     file = bench.claim(out, "serve.json", force)
     rows: list[serve.Row] = []
@@ -119,6 +123,26 @@ def parse_run(text: str, seed: int) -> Options:
             raise ValueError(f"--run {text}: write prefill=SPEC;decode=SPEC")
         section[key] = spec
     return Options.of(section)
+
+
+def check_loads(setup: serve.Setup, loads: Sequence[Shape]) -> None:
+    """Raise ValueError for what no server could serve, before one is started."""
+    for load in loads:
+        if not load.batch:
+            raise ValueError(f"--loads {load}: there must be a request")
+        if setup.chunk < load.batch:
+            raise ValueError(
+                f"--chunk {setup.chunk}: a step has a token of each of the {load.batch} requests of {load}"
+            )
+    if (name := setup.model_name) is None:
+        return
+    length, limit = serve.longest(loads), context_tokens(read_config(name))
+    if limit is not None and length > limit:
+        raise ValueError(f"--loads: {length:,} tokens are needed, and the model's context is {limit:,}")
+    if setup.samples:
+        tokenizer = read_tokenizer(name)
+        for task, load in itertools.product(ruler.OFFLINE, loads):
+            ruler.make_sample(task, load.prefix, 0, tokenizer, Data(), seed=setup.seed)
 
 
 def parse_rates(text: str) -> list[float]:

@@ -183,19 +183,27 @@ class BudgetedDecode(DecodeMethod):
             return Quota(keys=self.budget - self.sinks - self.window)
         if self.keep_bytes is None:
             return Quota(share=self.keep or 0.0)
-        scanned = self.scanned_share(kv)
-        if self.keep_bytes <= scanned:
-            raise ValueError(f"keep_bytes={self.keep_bytes}: to choose alone takes {scanned:.3f} of the bytes")
-        return Quota(share=(self.keep_bytes - scanned) / self.lists(q_BHD.shape[1] // kv.k.shape[2]))
+        left = self.share_to_read(kv.k.shape[-1], kv.v.shape[-1], kv.k.dtype)
+        return Quota(share=left / self.lists(q_BHD.shape[1] // kv.k.shape[2]))
 
     def lists(self, group: int) -> int:
         """Selections that a KV head of so many query heads reads: one, or one for each."""
         return 1
 
-    def scanned_share(self, kv: KV) -> float:
+    def share_to_read(self, dim: int, v_dim: int, dtype: torch.dtype) -> float:
+        """What ``keep_bytes`` leaves once the keys are chosen, as a share of the bytes of keys and values.
+
+        Raises:
+            ValueError: nothing.
+        """
+        scanned = self.scanned_share(dim, v_dim, dtype)
+        if self.keep_bytes is not None and self.keep_bytes <= scanned:
+            raise ValueError(f"keep_bytes={self.keep_bytes}: to choose alone takes {scanned:.3f} of the bytes")
+        return (1.0 if self.keep_bytes is None else self.keep_bytes) - scanned
+
+    def scanned_share(self, dim: int, v_dim: int, dtype: torch.dtype) -> float:
         """Bytes that are read of every key to choose, as a share of those of its key and value."""
-        row = sum(x.shape[-1] * x.element_size() for x in (kv.k, kv.v))
-        return sum(side.token_bytes for side in self.sides(kv.k.shape[-1], kv.k.dtype).values()) / row
+        return sum(side.token_bytes for side in self.sides(dim, dtype).values()) / ((dim + v_dim) * dtype.itemsize)
 
     def most(self, keys: int) -> int:
         """Keys that a selection takes at most from a middle of so many, as the host knows."""
@@ -216,5 +224,5 @@ class ExactDecode(BudgetedDecode):
     def lists(self, group: int) -> int:
         return group
 
-    def scanned_share(self, kv: KV) -> float:
-        return kv.k.shape[-1] / (kv.k.shape[-1] + kv.v.shape[-1])
+    def scanned_share(self, dim: int, v_dim: int, dtype: torch.dtype) -> float:
+        return dim / (dim + v_dim)

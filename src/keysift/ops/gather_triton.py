@@ -30,7 +30,7 @@ from keysift.ops.split_merge_triton import (
 from keysift.types import KV, Law, Partial, Selection
 
 NO_WEIGHT, GIVEN_WEIGHT, LAW_WEIGHT = 0, 1, 2
-ROWS_OF_SPLIT = 256  # less is not worth merging, once all multiprocessors have something to do
+ROWS_OF_SPLIT = tl.constexpr(256)  # less is not worth merging, once all multiprocessors have something to do
 TILE_ROWS = 128  # pairs of a token and a head that share one reading of the keys
 
 
@@ -72,12 +72,13 @@ def gather(
     config = config or gather_config(
         q_BHD.shape[1] // slots, dim, kv.v.shape[-1], widened(q_BHD, kv), isinstance(selection.log_w, Law)
     )
+    full = splits
     if splits is None:
         most = width + (0 if middle is None else kv.bound if outside is None else min(outside, kv.bound))
         tiles = -(-most // config.block_n)
         splits = splits_of(q_BHD, batch * slots, tiles, 4)
         full = splits_of(q_BHD, batch * slots, tiles, 1)  # a program for each multiprocessor
-        splits = min(splits, max(full, most // ROWS_OF_SPLIT))
+        splits = min(splits, max(full, most // ROWS_OF_SPLIT.value))
     run = prepare(q_BHD[:, None], kv, slots, splits, config, dtype)
     rows, count, log_w = selection.rows, selection.count, selection.log_w
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -112,6 +113,7 @@ def gather(
                 run.result,
                 scale * math.log2(math.e),
                 width,
+                full,
                 OUTSIDE=middle is not None,
                 WEIGHT=kind,
                 INTERPRET=triton.knobs.runtime.interpret,
@@ -201,11 +203,11 @@ def _law(dots, per_norm, q_mean, per_q_norm, table, entries, ROWS: tl.constexpr,
     return log_w
 
 
-@triton.jit(do_not_specialize=["entries", "width"])
+@triton.jit(do_not_specialize=["entries", "width", "full"])
 def _gather(
     q_ptr, k, v, q_strides, k_strides, v_strides, start, length, middle_start, middle_length, table, table_stride,
     rows, rows_strides, count, count_strides, weights, weights_strides, mean_ptr, entries, result, scale_log2, width,
-    OUTSIDE: tl.constexpr, WEIGHT: tl.constexpr, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    full, OUTSIDE: tl.constexpr, WEIGHT: tl.constexpr, T: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     SHARED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M_PAD: tl.constexpr,
     D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, ALONE: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -221,7 +223,8 @@ def _gather(
     in_use = tl.load(count + b * count_strides[0] + slot * count_strides[1])
     total = outside + tl.minimum(in_use.to(tl.int32), width)
     tiles = tl.cdiv(total, BLOCK_N)
-    used = tl.maximum(1, tl.minimum(tiles, tl.num_programs(0)))
+    used = tl.minimum(tl.num_programs(0), tl.maximum(full, total // ROWS_OF_SPLIT))
+    used = tl.maximum(1, tl.minimum(tiles, used))
     if split < used:
         q = load_queries(q_ptr, q_strides, b, slot, G, ROWS, D, M_PAD, D_PAD, WIDEN)
         kv_head = (slot // SHARED).to(tl.int64)

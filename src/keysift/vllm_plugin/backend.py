@@ -10,7 +10,7 @@ from torch import Tensor
 from keysift.attention import LIST_BYTES
 from keysift.vllm_plugin.batch import Batch, Batches
 from keysift.vllm_plugin.layer import DENSE, Layer, LayerAttention, method_of
-from keysift.vllm_plugin.options import BLOCK_SIZE, CACHE_DTYPES, Options, options_of
+from keysift.vllm_plugin.options import BLOCK_SIZE, Options, options_of
 from keysift.vllm_plugin.pages import PageLayout
 from keysift.vllm_plugin.versions import enlarge_page, flash_attention, layouts, names
 
@@ -23,7 +23,7 @@ class Backend(vllm.Backend):  # type: ignore[name-defined]
 
     forward_includes_kv_cache_update: ClassVar[bool] = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = [*CACHE_DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "float32"]
 
     @staticmethod
     def get_name() -> str:
@@ -105,13 +105,16 @@ class Builder(vllm.Builder):  # type: ignore[name-defined]
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most = max(vllm_config.scheduler_config.max_num_seqs, captured)
         self.batches = Batches(layout_of(options_of(vllm_config), kv_cache_spec), most, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.layers = [layers[name] for name in layer_names]
+        for layer in self.layers:  # what cannot be computed is refused before anybody asks for it
+            layer.impl.attention(layer)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
         """A batch; side data of first pages that the steps of the last one have filled are made now."""
         filled, self.batches.filled = self.batches.filled, None
         if filled is not None:
-            layers = self.vllm_config.compilation_config.static_forward_context
-            for layer in (layers[name] for name in self.layer_names):
+            for layer in self.layers:
                 layer.impl.attention(layer).complete(layer.kv_cache, filled)
         return batch_of(self.batches, common_attn_metadata, self.longest)
 

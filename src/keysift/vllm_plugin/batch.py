@@ -69,6 +69,9 @@ class StepRows:
     def longest_middle(self, method: Decode) -> int:
         return max(0, self._kv.bound - method.sinks - method.window)
 
+    def most_outside(self, method: Decode) -> int | None:
+        return None  # where a middle is empty, all rows
+
     def index(self, method: Decode, q_BHD: Tensor, ctx: Ctx) -> Index:
         return self._index
 
@@ -103,6 +106,20 @@ class Chunk:
 
 
 @dataclass
+class Filled:
+    """First pages that are full with a batch.
+
+    Attributes:
+        table: their numbers, int32 ``[n, 1]``.
+        sharers: newest tokens of sequences that may begin with one of them: vLLM shares a page as soon as it knows what
+            will be in it, and their side data need what is made of that page.
+    """
+
+    table: Tensor
+    sharers: list[Chunk]
+
+
+@dataclass
 class Batch:
     """What attention is to be computed of.
 
@@ -110,14 +127,13 @@ class Batch:
         count: sequences with one new token, the first of the batch.
         steps: their steps, and maybe those of more sequences without a token; None if there are none.
         chunks: the others.
-        filled: first pages that are full with this batch, int32 ``[n, 1]``. Others in it may begin with them: vLLM
-            shares a page as soon as it knows what will be in it.
+        filled: what is full with this batch; None if nothing is, or if it is left to the next batch.
     """
 
     count: int
     steps: Steps | None
     chunks: list[Chunk]
-    filled: Tensor | None = None
+    filled: Filled | None = None
 
 
 class Batches:
@@ -125,15 +141,14 @@ class Batches:
 
     Attributes:
         in_round_numbers: whether steps are always those of a power of two of sequences, as far as there is room.
-        filled: first pages that the last batch, which was of steps alone and may have been a graph, has filled, int32
-            ``[n, 1]``; None if none.
+        filled: what the last batch has filled, which was of steps alone and may have been a graph; None if nothing.
     """
 
     def __init__(self, layout: PageLayout, most_sequences: int, device: torch.device) -> None:
         self.layout, self.device = layout, device
         self.in_round_numbers = device.type == "cuda"
         self._fixed = torch.zeros(8, most_sequences, dtype=torch.int64, device=device)
-        self.filled: Tensor | None = None
+        self.filled: Filled | None = None
 
     def batch(
         self,
@@ -160,8 +175,11 @@ class Batches:
         chunks = [self._chunk(table, i, starts[i], starts[i + 1], ends[i]) for i in range(count, len(new)) if new[i]]
         page = self.layout.page if self.layout.sides else 0
         full = [i for i, (end, n) in enumerate(zip(ends, new, strict=True)) if end - n < page <= end]
-        filled = table[full, :1].clone() if full else None
-        if not chunks:
+        filled = Filled(table[full, :1].clone(), []) if full else None
+        if filled is not None and not chunks:
+            late = [i for i in range(count) if ends[i] > page and (prefilling is None or prefilling[i])]
+            own = table[late].clone()  # vLLM changes it for the next batch
+            filled.sharers = [self._chunk(own, j, i, i + 1, ends[i]) for j, i in enumerate(late)]
             self.filled, filled = filled, None
         return Batch(count, steps, chunks, filled)
 

@@ -18,7 +18,7 @@ from keysift.methods import dense
 from keysift.ops.dense import dense_attention
 from keysift.ops.rows import write_at
 from keysift.types import KV, Ctx, Decode, Index
-from keysift.vllm_plugin.batch import Batch, Chunk, StepRows, Steps
+from keysift.vllm_plugin.batch import Batch, Chunk, Filled, StepRows, Steps
 from keysift.vllm_plugin.options import Options
 from keysift.vllm_plugin.pages import PageLayout, Pages
 
@@ -89,13 +89,9 @@ class LayerAttention:
             pages = self.pages(cache)
             write_at(pages.k, pages.v, key, value, slots)
 
-    def complete(self, cache: Tensor, table: Tensor) -> None:
-        """Make what is kept of sequences, and side data of the keys, of first pages that are full.
-
-        Args:
-            table: their numbers, int32 ``[n, 1]``.
-        """
-        pages, method = self.pages(cache), self.method
+    def complete(self, cache: Tensor, filled: Filled) -> None:
+        """Make what is kept of sequences, and side data of the keys, of first pages that are full."""
+        pages, method, table = self.pages(cache), self.method, filled.table
         if not self._keeps(pages):
             return
         page = pages.page
@@ -108,6 +104,8 @@ class LayerAttention:
         first = min(method.sinks, page)
         rows = kv.between(kv.start + first, kv.end)
         method.extend(index, rows, rows.start, page - first, ctx)
+        for chunk in filled.sharers:
+            self._keep(pages, chunk)
 
     def _keeps(self, pages: Pages) -> bool:
         return bool(pages.sides) and self.layer.number not in self.method.dense_layers
@@ -147,11 +145,12 @@ class LayerAttention:
         return path.decode(q, StepRows(pages, steps, index), method, ctx, None)[0]
 
     def _read(self, q: Tensor, pages: Pages, chunk: Chunk) -> Tensor:
-        """Attention of a prompt, or a part of one."""
+        """Attention of a prompt, or a part of one; a single token, which may be a step's, reads all keys."""
         kv = chunk.view(pages)
         ctx = self._ctx(kv.length - 1, pages.page)
         flash = None if self._flash is None or q.dtype == torch.float32 else partial(self._by_flash, chunk)
-        return path.prefill(q, kv, self.prefill, ctx, NoMeter(), window=self.layer.window, dense=flash)[0]
+        method = DENSE if chunk.new == 1 else self.prefill
+        return path.prefill(q, kv, method, ctx, NoMeter(), window=self.layer.window, dense=flash)[0]
 
     def _keep(self, pages: Pages, chunk: Chunk) -> None:
         """Make side data of the keys of a chunk, but those of the first page."""

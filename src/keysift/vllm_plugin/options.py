@@ -14,7 +14,6 @@ from keysift.types import check_seed
 
 SECTION = "keysift"  # of --additional-config
 BLOCK_SIZE = 128  # tokens a page, where the user says nothing
-CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")  # of keys and values, as vLLM calls them
 DECODES = ("dense", "magicpig", "quest", "signbits", "streaming")  # what they keep of a key fits beside it in its page
 
 
@@ -90,20 +89,31 @@ def check(vllm_config: Any, selected: bool) -> None:
         if isinstance(additional, Mapping) and SECTION in additional:
             raise ValueError("options for keysift without its attention: add --attention-backend CUSTOM")
         return
-    options = options_of(vllm_config)
+    options, model = options_of(vllm_config), vllm_config.model_config
+    check_engine(vllm_config)
+    dim = model.get_head_size()
+    unit = options.unit(dim)
+    if getattr(options.decode, "keep_bytes", None) is not None:
+        options.decode.share_to_read(dim, dim, model.dtype)
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size and cache.block_size % unit:
+        raise ValueError(f"--block-size {cache.block_size}: these methods take multiples of {unit}")
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ValueError for what of vLLM no attention of keysift's goes with."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    dtypes = ("auto", str(vllm_config.model_config.dtype).removeprefix("torch."))
     refused = {
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "keys and values in host memory (--kv-offloading-size)": getattr(cache, "kv_offloading_size", None) is not None,
-        f"a KV cache in {cache.cache_dtype} (--kv-cache-dtype)": cache.cache_dtype not in CACHE_DTYPES,
+        f"a KV cache in {cache.cache_dtype} (--kv-cache-dtype)": cache.cache_dtype not in dtypes,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual-batch overlap (--enable-dbo)": getattr(parallel, "enable_dbo", False),
+        "batches in parts (--ubatch-size)": getattr(parallel, "ubatch_size", 0) > 1,
     }
     for what, asked in refused.items():
         if asked:
             raise ValueError(f"keysift's attention does not serve {what}: leave it out")
-    unit = options.unit(vllm_config.model_config.get_head_size())
-    if cache.user_specified_block_size and cache.block_size % unit:
-        raise ValueError(f"--block-size {cache.block_size}: these methods take multiples of {unit}")

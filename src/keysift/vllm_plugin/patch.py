@@ -14,7 +14,7 @@ from torch import Tensor
 from keysift.methods import parse
 from keysift.vllm_plugin.batch import Batches
 from keysift.vllm_plugin.layer import LayerAttention
-from keysift.vllm_plugin.options import CACHE_DTYPES, Options
+from keysift.vllm_plugin.options import Options, check_engine
 from keysift.vllm_plugin.pages import PageLayout, Pages
 from keysift.vllm_plugin.versions import flash_attention, names, unsupported
 
@@ -33,7 +33,7 @@ class PatchedEngine:
         if reason := unsupported():
             raise ValueError(reason)
         parse(spec, "prefill")
-        self._engine = engine
+        self._engine, self._spec = engine, spec
         self._use(spec)
 
     def _use(self, spec: str | None) -> None:
@@ -56,7 +56,12 @@ class PatchedEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        try:
+            self.detach()
+        except Exception as why:
+            if error is None:
+                raise
+            error.add_note(f"keysift: prompts are still read by {self._spec}: {why}")
 
 
 def use_prefill(worker: Any, spec: str | None) -> str:
@@ -69,14 +74,15 @@ def use_prefill(worker: Any, spec: str | None) -> str:
     if not layers:
         return "this engine has no layers of attention that can read prompts otherwise"
     impls: dict[str, Any] = {}
-    for name, layer in layers.items():
-        if isinstance(layer.impl, Impl):
-            continue
-        stock = layer.impl.stock if isinstance(layer.impl, Patched) else layer.impl
-        try:
-            impls[name] = stock if spec is None else _patched(worker.vllm_config, name, layer, stock, spec)
-        except ValueError as error:
-            return str(error)
+    try:
+        if spec is not None:
+            check_engine(worker.vllm_config)
+        for name, layer in layers.items():
+            if not isinstance(layer.impl, Impl):
+                stock = layer.impl.stock if isinstance(layer.impl, Patched) else layer.impl
+                impls[name] = stock if spec is None else _patched(worker.vllm_config, name, layer, stock, spec)
+    except ValueError as error:
+        return str(error)
     for name, layer in layers.items():
         if name in impls:
             layer.impl = impls[name]
@@ -90,11 +96,9 @@ def _patched(vllm_config: Any, name: str, layer: Any, stock: Any, spec: str) -> 
     """An implementation that reads prompts by a method, in the place of vLLM's own."""
     from keysift.vllm_plugin.backend import layer_of, refuse
 
-    backend, dtype = layer.attn_backend.get_name(), layer.kv_cache_dtype
+    backend = layer.attn_backend.get_name()
     if backend not in BACKENDS:
         raise ValueError(f"patch_model cannot patch {backend}: start vLLM with --attention-backend FLASH_ATTN")
-    if dtype not in CACHE_DTYPES:
-        raise ValueError(f"keysift's attention does not serve a KV cache in {dtype} (--kv-cache-dtype): leave it out")
     refuse(
         softcap=getattr(stock, "logits_soft_cap", None),
         alibi=getattr(stock, "alibi_slopes", None),
