@@ -197,13 +197,14 @@ def test_patch_model_refuses_a_version_that_is_not_supported(monkeypatch):
             keysift.patch_model(llm, "flex_prefill")
 
 
-def test_patch_model_refuses_an_engine_whose_steps_are_no_steps(prompts):
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    with served(speculative_config=drafts) as llm:
-        before = tokens(llm, prompts[2:4], NEW)
-        with pytest.raises(ValueError, match="--speculative-config"):
+def test_patch_model_refuses_an_engine_whose_pages_hold_a_part_of_a_sequence(prompts, stock, monkeypatch):
+    with served() as llm:
+        config = llm.llm_engine.vllm_config.parallel_config
+        monkeypatch.setattr(config, "decode_context_parallel_size", 2)
+        with pytest.raises(ValueError, match="decode context parallelism"):
             keysift.patch_model(llm, "flex_prefill")
-        assert tokens(llm, prompts[2:4], NEW) == before
+        monkeypatch.undo()
+        assert tokens(llm, prompts, NEW) == stock
 
 
 def test_an_error_within_a_patch_is_not_hidden_by_what_follows_from_it(prompts, monkeypatch):
