@@ -31,7 +31,7 @@ demo: $(STAMP)  ## answer questions on a long document: dense, FlexPrefill, Magi
 test: $(STAMP)  ## all tests but those of test-slow
 	@$(PYTEST) -m "not soak" $(ARGS)
 
-test-fast: $(STAMP)  ## the tests that take about three minutes on two cores
+test-fast: $(STAMP)  ## quick tests, of many cases a few: two minutes on two cores
 	@$(PYTEST) -m "not slow and not soak" $(ARGS)
 
 test-slow: $(STAMP)  ## what takes minutes: sanitizers, thousands of requests, test-vllm

@@ -59,6 +59,7 @@ def measured(subject, shapes, runs, **options):
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [False, True])
 def test_rows_say_how_fast_the_batch_is_beside_dense(subject, read):
     rows = measured(subject, [Shape(2, 200, 4), Shape(0, 100, 3)], [QUEST], read=read)
@@ -235,6 +236,7 @@ def test_the_window_ends_when_the_slowest_sequence_has_its_tokens(subject):
     assert len(accepting) == len(window.rounds) + 2 == len(window.steps) + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("draft_s", "chosen"), [(1e-3, 7), (60e-3, None)])
 def test_where_the_engine_chooses_the_parts_are_of_the_gamma_used_most(subject, clock, monkeypatch, draft_s, chosen):
     monkeypatch.setattr(Rounds, "draft_all", clock.slower(Rounds.draft_all, draft_s - 8e-3))
@@ -250,6 +252,7 @@ def test_where_the_engine_chooses_the_parts_are_of_the_gamma_used_most(subject, 
         assert row.tokens_per_round is row.acceptance is row.accepted_at is row.verify_ms is row.model_speedup is None
 
 
+@pytest.mark.slow
 def test_a_draft_that_reads_all_keys_is_always_accepted_where_prompts_are_read(subject):
     drafts = [Run(DENSE, DENSE, 3), Run(DENSE, QUEST, 3)]
     dense, whole, part = measured(subject, [Shape(2, 150, 9)], drafts, read=True, outputs=True)
@@ -338,6 +341,7 @@ def test_the_command_writes_what_it_measured(capsys, tmp_path):
     assert run(capsys, *command, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_outputs_are_printed_where_asked_for(capsys):
     code, out, _ = run(capsys, *SMALL, "--methods", "streaming", "--print-output")
     assert code == 0 and "1x100x3 dense generated: [" in out and "1x100x3 streaming generated: [" in out
@@ -346,6 +350,7 @@ def test_outputs_are_printed_where_asked_for(capsys):
     assert code == 0 and all(len(json.loads(row["output"])) == 3 and row["ttft_s"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_model_reads_pieces_of_a_text(capsys, tmp_path):
     command = ("bench", "generate", "--device", "cpu", "--model", pocket.path(), "--methods", "streaming")
     code, out, err = run(
@@ -363,6 +368,7 @@ def test_a_model_reads_pieces_of_a_text(capsys, tmp_path):
     assert (code, out) == (2, "") and "1 x 1,024 = 1,024 are needed" in err
 
 
+@pytest.mark.slow
 def test_the_command_sweeps_drafts_and_says_what_is_assumed(capsys, tmp_path):
     command = (*SMALL, "--draft", "streaming:sinks=4", "--draft", "snapkv:window=8", "--gamma", "3,auto")
     code, out, err = run(capsys, *command, "--budget", "30,60", "--acceptance", "0.9", "--out", tmp_path)
@@ -378,6 +384,7 @@ def test_the_command_sweeps_drafts_and_says_what_is_assumed(capsys, tmp_path):
     assert (tmp_path / "generate.png").exists()
 
 
+@pytest.mark.slow
 def test_acceptance_is_measured_where_a_model_reads_a_text(capsys, tmp_path):
     command = ("bench", "generate", "--device", "cpu", "--model", pocket.path(), "--text", pocket.path() / "demo.txt")
     options = ("--shapes", "2x100x8", "--draft", "dense", "--gamma", "3", "--methods", "streaming")

@@ -61,6 +61,7 @@ def test_a_copy_with_room_for_all_is_always_right(draft):
     assert all(x.stats.accepted_per_round == 4 for x in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 def test_contexts_may_be_many_times_what_the_draft_model_was_made_for(half_right, cache):
     """And answers that go on and on, beside ones that end."""
@@ -79,6 +80,7 @@ def test_contexts_may_be_many_times_what_the_draft_model_was_made_for(half_right
     assert 50 < max(positions) < 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [*CACHES.values(), "streaming:budget=300"])
 def test_plain_steps_in_between_are_caught_up_with(cache):
     """Every third step is a plain one, and once eighty in a row."""
@@ -283,6 +285,7 @@ def test_reading_a_prompt_is_not_taken_for_the_time_of_a_round(half_right, monke
     assert now[0] < 6 * 10 + 6 * 60 / 2
 
 
+@pytest.mark.slow
 def test_requests_that_end_leave_nothing_to_those_in_their_slots(half_right):
     draw = random.Random(4)
     prompts = [ids(draw.choice([2, 30, 150]), i) for i in range(30)]

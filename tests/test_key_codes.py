@@ -304,6 +304,7 @@ def drawn(x, quota, rule, most_rows=None, kernel=True, positions=POSITIONS, seed
     return key_codes.sample(*what, seed, 1, at, most_rows, *rule, first, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", [RULES[0], *(pytest.param(rule, marks=pytest.mark.soak) for rule in RULES[1:])])
 @pytest.mark.parametrize("kernel", [True, False])
@@ -397,6 +398,7 @@ def test_keys_that_stand_out_are_always_taken(device):
         assert found[99] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_newest_token_is_hashed_on_the_way(device):
     x = world(CASES[0], device)

@@ -59,6 +59,7 @@ def test_beams_and_chunks_too(options, where):
         assert torch.equal(generate(model, inputs, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", BY_SIDES)
 def test_side_data_on_the_device_are_those_beside_the_rows_and_take_no_memory_for_keys(spec):
     model, inputs = tiny("llama-llama3-rope-gqa"), prompt(90, RAGGED)

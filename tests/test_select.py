@@ -136,6 +136,7 @@ def test_top_p_is_minimal_reaches_the_share_and_grows_with_it(backend, n, kind):
         before = chosen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_rows")
 def test_top_p_of_the_kernel_is_that_of_the_reference():
     for kind in ("normal", "ties", "holes"):

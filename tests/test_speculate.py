@@ -153,6 +153,7 @@ def test_budgets_above_the_prompt_draft_what_dense_decoding_gives(draft):
     assert all(x.stats.accepted_per_round == 4 for x in found)
 
 
+@pytest.mark.slow
 def test_hundreds_of_tokens_fill_their_slots_to_the_last_row():
     prompts, params = [ids(40, n) for n in range(2)], SamplingParams(max_new_tokens=320)
     options = {"max_length": 360, "max_batch": 2}

@@ -211,6 +211,7 @@ def test_a_closed_pipe_ends_the_process_without_a_word(folders: dict[str, Path])
     assert (child.returncode, err) == (1, b"")
 
 
+@pytest.mark.slow
 def test_drafted_text_is_that_of_dense_decoding(cli: Cli, folders: dict[str, Path]) -> None:
     args = ["generate", "--model", folders["model"], "--prompt", PROMPT, "--max-new-tokens", 30, "--json"]
     dense = json_of(cli(*args))
