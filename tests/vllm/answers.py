@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keysift import pocket
 
 MODEL = str(pocket.path())
@@ -19,6 +21,7 @@ NAMES = [f"{a}-{b}" for a in ("eager", "lazy", "heavy", "brief", "happy") for b 
 ASK = "\nWhat is the special magic number for {0} mentioned in the provided text?"
 BEGIN = " The special magic number for {0} mentioned in the provided text is"
 DIGITS = 8  # tokens of an answer: a space and seven digits
+ON_GPU = {"gpu_memory_utilization": 0.1} if torch.cuda.is_available() else {}  # where a server and an engine fit
 
 
 def book() -> str:
@@ -42,7 +45,7 @@ def served(model: str = MODEL, methods: dict[str, Any] | None = None, **options:
     if methods is not None:
         options = {"attention_backend": "CUSTOM", "additional_config": {"keysift": methods}} | options
     sizes = {"dtype": "float32", "enforce_eager": True, "max_model_len": 4096, "max_num_batched_tokens": 4096}
-    llm = vllm.LLM(model, **sizes | options)
+    llm = vllm.LLM(model, **sizes | ON_GPU | options)
     try:
         yield weakref.proxy(llm)  # a test that fails keeps its variables, and two engines in a process are one too many
     finally:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.vllm.answers import DIGITS, MODEL, book, question, served
+from tests.vllm.answers import DIGITS, MODEL, ON_GPU, book, question, served
 
 METHODS = {"prefill": "flexprefill:min_budget=128,block=64,dense_below=0", "decode": "quest:keep=0.1,dense_below=0"}
 NAME, LONGEST = "keysift-pocket", 2048  # tokens
@@ -105,6 +105,7 @@ def server(tmp_path_factory):
     ours = [*methods, "--port", port, "--dtype", "float32", "--max-length", LONGEST]
     theirs = ["--enforce-eager", "--max-num-seqs", 64, "--num-gpu-blocks-override", 250]
     theirs += ["--chat-template", folder / "template.jinja"]
+    theirs += [word for name, value in ON_GPU.items() for word in (f"--{name.replace('_', '-')}", value)]
     line = map(str, [Path(sys.executable).with_name("keysift"), "serve", "pocket", *ours, *theirs])
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
