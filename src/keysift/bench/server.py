@@ -209,12 +209,12 @@ def arrival_times(requests: int, rate: float | None, random: torch.Generator) ->
     return [0.0, *gaps.cumsum(0)[:-1].tolist()]
 
 
-def _config(setup: Setup, longest: int) -> dict[str, Any]:
+def _config(setup: Setup, length: int) -> dict[str, Any]:
     """Of a decoder of the shape, as a model's folder has it."""
     return SHAPES[str(setup.shape)] | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "max_position_embeddings": longest,
+        "max_position_embeddings": length,
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
@@ -246,7 +246,7 @@ def _of_load(engine: Engine, load: Shape, setup: Setup, name: str, structured: A
             # a request that vLLM has put off reads what was answered again, as a part of its prompt
             engine.read_structured(structured, longest([load]), setup)
         engine.run(load._replace(generated=WARM_UP_TOKENS), setup.seed + 1)
-    if setup.samples:
+    if setup.samples and rows[0].status == "ok":
         try:
             right = engine.right(setup.samples, load.prefix, setup.seed)
         except Exception as error:  # times can be had all the same
