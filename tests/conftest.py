@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test of many cases a few, which lie evenly among them, are fast enough together."""
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
+        if not item.get_closest_marker("slow") and not item.get_closest_marker("soak"):
+            cases[item.nodeid.partition("[")[0]].append(item)
     for of_test in cases.values():
         fast = {i * len(of_test) // FAST_CASES for i in range(FAST_CASES)}
         for i, item in enumerate(of_test):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -73,11 +72,14 @@ def rows_of(method, waits):
 def test_the_highest_rate_is_the_last_below_which_none_was_too_much(capsys):
     rows = [
         *rows_of("vLLM alone", {0.1: 1.0, 0.2: 3.0, 0.4: 9.0}),
-        *rows_of("quest", {0.1: 1.0, 0.2: 2.0, 0.4: 1.5, 0.8: None}),
-        *rows_of("slow", {0.2: 1.0, 0.1: 2.5}),
+        *rows_of("quest", {0.1: 1.0, 0.2: 2.0, 0.4: 1.5}),
+        *rows_of("slow", {0.2: 1.0, 0.4: 1.0, 0.1: 2.5}),
+        *rows_of("interrupted", {0.1: 1.0, 0.2: 1.0}),
+        *rows_of("failed", {0.2: 1.0, 0.4: 1.0}),
+        Row(8, 100, 10, "failed", 0.1, status="failed"),
         Row(8, 100, 10, "together", first_token_90_s=1.0),
     ]
-    found = highest_rates(rows, 2.0)
+    found = highest_rates(rows, [0.1, 0.2, 0.4], 2.0)
     assert [(of["method"], of["rate"]) for of in found] == [("vLLM alone", 0.1), ("quest", 0.4), ("slow", None)]
     print_rows(rows, found, 2.0)
     shown = capsys.readouterr().out
@@ -107,16 +109,16 @@ def test_lines_come_as_they_are_written_and_only_when_they_are_whole(tmp_path):
     program = f"""if True:
         import pathlib, time
         file, go_on = pathlib.Path({str(file)!r}), pathlib.Path({str(go_on)!r})
-        file.write_text("one\\ntw")
-        while not go_on.exists():
-            time.sleep(0.01)
-        file.write_text("one\\ntwo\\nthree\\n")
+        with file.open("a") as out:
+            print("one\\ntw", end="", file=out, flush=True)
+            while not go_on.exists():
+                time.sleep(0.01)
+            print("o\\nthree", file=out, flush=True)
     """
     process = subprocess.Popen([sys.executable, "-c", program])
     lines = _lines_of(process, file)
     assert next(lines) == "one"
     assert process.poll() is None
-    time.sleep(0.3)  # nothing more is whole
     go_on.touch()
     assert list(lines) == ["two", "three"]
     assert process.wait() == 0

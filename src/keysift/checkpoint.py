@@ -78,6 +78,19 @@ def read_config(name: str) -> Any:
     return config
 
 
+def stated_context(name: str) -> int | None:
+    """Tokens that the configuration of any model says it takes, one that transformers has no code for too; None where
+    it does not say, or stretches them."""
+    with one_error(name, "configuration", local := is_folder(name)):
+        found, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=local)
+    if not found:
+        raise ValueError(f"cannot load the configuration of model={name}")
+    text = found.get("text_config", found)
+    stretched = "factor" in (text.get("rope_parameters") or text.get("rope_scaling") or {})
+    stated = text.get("max_position_embeddings")
+    return stated if isinstance(stated, int) and not stretched else None
+
+
 def read_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or hub id."""
     local, missing = is_folder(name), "has no tokenizer: its files (tokenizer.json, ...) belong beside config.json"

@@ -55,6 +55,12 @@ def test_the_pocket_model_has_a_name_of_its_own(cli: Cli) -> None:
     assert line[-3:] == ["--enforce-eager", "--max-num-seqs", "3"]
 
 
+def test_help_has_its_short_name_in_front_of_a_model(cli: Cli) -> None:
+    result = cli("serve", "-h")
+    assert (result.code, result.err) == (0, "")
+    assert "--prefill" in result.out
+
+
 def test_options_of_vllms_may_begin_like_help(cli: Cli) -> None:
     assert line_of(cli("serve", "pocket", "--dry-run", "-dph", "-h"))[-2:] == ["-dph", "-h"]
 

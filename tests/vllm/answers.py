@@ -71,6 +71,14 @@ def log_likelihoods(llm: Any, prompts: list[list[int]], new: int = 16) -> list[f
     return [output.outputs[0].cumulative_logprob for output in outputs]
 
 
+def cached(llm: Any, ids: list[int]) -> int:
+    """How many tokens of a prompt are found where they have been read before."""
+    import vllm
+
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0)
+    return int(llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)[0].num_cached_tokens)
+
+
 def main(request: str, file: str) -> None:
     """Write what ``{"served": ..., "prompts": ...}`` gives."""
     asked = json.loads(request)

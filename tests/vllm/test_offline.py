@@ -12,7 +12,7 @@ import torch
 import keysift
 from keysift.vllm_plugin import versions
 from tests import tiny_models
-from tests.vllm.answers import DIGITS, MODEL, book, log_likelihoods, question, served, tokens
+from tests.vllm.answers import DIGITS, MODEL, book, cached, log_likelihoods, question, served, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = 16
@@ -225,7 +225,8 @@ def test_a_first_page_that_steps_fill_is_made_as_one_that_a_prompt_fills(prompts
     ids = prompts[4][:100]
     with served(methods=methods) as llm:
         said = tokens(llm, [ids], 60)[0]
-        hit = log_likelihoods(llm, [ids + said], NEW)  # its first page is the one that steps have filled
+        assert cached(llm, ids + said) == 128, "the page that steps have filled"
+        hit = log_likelihoods(llm, [ids + said], NEW)
     with served(methods=methods) as llm:
         assert log_likelihoods(llm, [ids + said], NEW) == pytest.approx(hit, abs=1e-3)
 

@@ -201,19 +201,23 @@ def _lines_of(process: subprocess.Popen[bytes], file: Path) -> Iterator[str]:
             time.sleep(LOOK_S)
 
 
-def highest_rates(rows: Sequence[Row], latency: float) -> list[dict[str, Any]]:
+def highest_rates(rows: Sequence[Row], rates: Sequence[float], latency: float) -> list[dict[str, Any]]:
     """At how many requests a second a server still gives nine in ten their first token within ``latency`` seconds.
 
     Returns:
-        A dict a load and server: requests, prompt, new, method and the highest of the measured rates up to which none
-        was too much, None if the lowest was.
+        A dict a load and server that has been measured at all ``rates``: requests, prompt, new, method and the highest
+        rate up to which none was too much, None if the lowest was.
     """
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row.rate is not None:
+        if row.rate is not None and row.status == "ok":
             found.setdefault((row.requests, row.prompt, row.new, row.method), []).append(row)
     names = ("requests", "prompt", "new", "method", "rate")
-    return [dict(zip(names, (*key, _highest(of, latency)), strict=True)) for key, of in found.items()]
+    return [
+        dict(zip(names, (*key, _highest(of, latency)), strict=True))
+        for key, of in found.items()
+        if len(of) == len(rates)
+    ]
 
 
 def _highest(rows: Sequence[Row], latency: float) -> float | None:

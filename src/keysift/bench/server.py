@@ -120,6 +120,7 @@ class Engine:
             **options,
         )
         self.params, self.start_s = SamplingParams, time.perf_counter() - began
+        self.asked: set[str] = set()  # requests that were ever
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
 
     def run(self, load: Shape, seed: int, rate: float | None = None) -> dict[str, float]:
@@ -136,7 +137,7 @@ class Engine:
         arrived, began = 0, time.perf_counter()
         while arrived < requests or engine.has_unfinished_requests():
             while arrived < requests and arrivals[arrived] <= time.perf_counter() - began:
-                engine.add_request(str(arrived), {"prompt_token_ids": prompts[arrived]}, params)
+                self._ask(arrived, prompts[arrived], params)
                 arrived += 1
             if not engine.has_unfinished_requests():
                 time.sleep(max(0.0, arrivals[arrived] - (time.perf_counter() - began)))
@@ -172,17 +173,21 @@ class Engine:
             for task in ruler.OFFLINE
             for index in range(samples)
         ]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(sample.ids)} for sample in made],
-            [self.params(temperature=0.0, max_tokens=sample.new_tokens) for sample in made],
-            use_tqdm=False,
-        )
-        texts = (output.outputs[0].text for output in outputs)
-        return statistics.mean(ruler.grade(s.task, text, s.outputs) for s, text in zip(made, texts, strict=True))
+        for number, sample in enumerate(made):
+            params = self.params(temperature=0.0, max_tokens=sample.new_tokens)
+            self._ask(number, list(sample.ids), params)
+        texts: dict[int, str] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            texts |= {int(out.request_id): out.outputs[0].text for out in self.llm.llm_engine.step()}
+        return statistics.mean(ruler.grade(s.task, texts[i], s.outputs) for i, s in enumerate(made))
 
-    def let_go(self, load: Shape) -> None:
-        """End what is left of a load's requests."""
-        self.llm.llm_engine.abort_request([str(i) for i in range(load.batch)])
+    def _ask(self, number: int, ids: list[int], params: Any) -> None:
+        self.llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+        self.asked.add(str(number))
+
+    def let_go(self) -> None:
+        """End what is left of the requests."""
+        self.llm.llm_engine.abort_request(list(self.asked))
 
     def read_structured(self, prefill: Any, tokens: int, setup: Setup) -> None:
         """Have all layers read what ``prefill`` finds in a structured prompt of so many tokens."""
@@ -241,38 +246,32 @@ def _of_load(engine: Engine, load: Shape, setup: Setup, name: str, structured: A
     """A row a rate; ``structured`` is the method that finds what to read in a structured prompt, or None."""
     masks = "own" if structured is None else "structured"
     rows = [Row(*load, name, rate, masks, start_s=engine.start_s) for rate in setup.rates]
-    with _failing(rows, engine, load):
+    with _failing(rows, engine):
         if structured is not None:
             # a request that vLLM has put off reads what was answered again, as a part of its prompt
             engine.read_structured(structured, longest([load]), setup)
         engine.run(load._replace(generated=WARM_UP_TOKENS), setup.seed + 1)
-    if setup.samples and rows[0].status == "ok":
-        try:
+        if setup.samples:
             right = engine.right(setup.samples, load.prefix, setup.seed)
-        except Exception as error:  # times can be had all the same
-            engine.let_go(load)
-            for row in rows:
-                row.reason = row.reason or f"no answers: {failure(error)[1]}"
-        else:
             for row in rows:
                 row.right = right
     for row in rows:
         if row.status == "ok":
-            with _failing([row], engine, load):
+            with _failing([row], engine):
                 for key, value in engine.run(load, setup.seed, row.rate).items():
                     setattr(row, key, value)
         yield row
 
 
 @contextmanager
-def _failing(rows: Sequence[Row], engine: Engine, load: Shape) -> Iterator[None]:
+def _failing(rows: Sequence[Row], engine: Engine) -> Iterator[None]:
     """What fails within is these rows' failure: kernels fail in many ways, and one row must not end the others."""
     try:
         yield
     except Exception as error:
         for row in rows:
             row.status, row.reason = failure(error)
-        engine.let_go(load)
+        engine.let_go()
 
 
 if __name__ == "__main__":

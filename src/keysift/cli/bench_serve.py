@@ -13,13 +13,12 @@ from typer import Option as option
 
 from keysift.bench import serve
 from keysift.bench.generate import Shape
-from keysift.checkpoint import pick_device, read_config, read_tokenizer
+from keysift.checkpoint import pick_device, read_tokenizer, stated_context
 from keysift.cli import bench
 from keysift.cli.bench import shown
 from keysift.cli.bench_generate import parse_shapes
 from keysift.eval import ruler
 from keysift.eval.data import Data
-from keysift.hf.config import context_tokens
 from keysift.types import one_of
 from keysift.vllm_plugin.options import Options
 from keysift.vllm_plugin.versions import unsupported
@@ -109,7 +108,7 @@ def command(
     except KeyboardInterrupt:
         interrupted = True
     if latency is not None:
-        data["highest_rates"] = serve.highest_rates(rows, latency)
+        data |= {"latency": latency, "highest_rates": serve.highest_rates(rows, parse_rates(rates or ""), latency)}
     bench.finish(data, file, lambda: print_rows(rows, data.get("highest_rates", ()), latency), as_json)
     bench.end(rows, interrupted)
 
@@ -136,13 +135,13 @@ def check_loads(setup: serve.Setup, loads: Sequence[Shape]) -> None:
             )
     if (name := setup.model_name) is None:
         return
-    length, limit = serve.longest(loads), context_tokens(read_config(name))
+    length, limit = serve.longest(loads), stated_context(name)
     if limit is not None and length > limit:
         raise ValueError(f"--loads: {length:,} tokens are needed, and the model's context is {limit:,}")
     if setup.samples:
-        tokenizer = read_tokenizer(name)
-        for task, load in itertools.product(ruler.OFFLINE, loads):
-            ruler.make_sample(task, load.prefix, 0, tokenizer, Data(), seed=setup.seed)
+        tokenizer, shortest = read_tokenizer(name), min(load.prefix for load in loads)
+        for task, number in itertools.product(ruler.OFFLINE, range(setup.samples)):
+            ruler.make_sample(task, shortest, number, tokenizer, Data(), seed=setup.seed)
 
 
 def parse_rates(text: str) -> list[float]:

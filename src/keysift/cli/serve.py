@@ -43,6 +43,9 @@ def command(
     dry_run: Annotated[bool, option("--dry-run", help="Print the command line of vLLM, and do not start it.")] = False,
 ) -> None:
     """Serve a model to OpenAI clients, by vLLM with sparse attention; further options go to ``vllm serve``."""
+    if model == "-h":
+        print(context.get_help())
+        return
     at_least_one(tensor_parallel=tensor_parallel, max_length=max_length)
     section: dict[str, Any] = {"prefill": prefill, "decode": decode} | ({"seed": seed} if seed else {})
     Options.of(section)
