@@ -74,11 +74,13 @@ def gather(
     )
     full = splits
     if splits is None:
-        most = width + (0 if middle is None else kv.bound if outside is None else min(outside, kv.bound))
+        known = width + (0 if middle is None or outside is None else min(outside, kv.bound))
+        most = width + kv.bound if middle is not None and outside is None else known
         tiles = -(-most // config.block_n)
         splits = splits_of(q_BHD, batch * slots, tiles, 4)
         full = splits_of(q_BHD, batch * slots, tiles, 1)  # a program for each multiprocessor
         splits = min(splits, max(full, most // ROWS_OF_SPLIT.value))
+        full = max(full, known // ROWS_OF_SPLIT.value)  # used however few rows there are
     run = prepare(q_BHD[:, None], kv, slots, splits, config, dtype)
     rows, count, log_w = selection.rows, selection.count, selection.log_w
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
