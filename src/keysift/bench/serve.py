@@ -27,7 +27,6 @@ from keysift.types import check_seed
 from keysift.vllm_plugin.options import Options
 
 STOCK = "vLLM alone"
-POCKET = "pocket"  # as model
 ERRORS = 2000  # characters of what a server said last, if it fails
 WARM_UP_TOKENS = 8  # of an answer, before the clock starts
 LOOK_S = 0.2  # between looks for what a server has measured
@@ -76,7 +75,7 @@ class Setup:
     @property
     def model_name(self) -> str | None:
         """The model's folder or hub id; None with random weights."""
-        return str(pocket.path()) if self.model == POCKET else self.model
+        return str(pocket.path()) if self.model == pocket.NAME else self.model
 
 
 @dataclass
@@ -201,7 +200,7 @@ def _lines_of(process: subprocess.Popen[bytes], file: Path) -> Iterator[str]:
             time.sleep(LOOK_S)
 
 
-def highest_rates(rows: Sequence[Row], rates: Sequence[float], latency: float) -> list[dict[str, Any]]:
+def highest_rates(rows: Sequence[Row], rates: Sequence[float | None], latency: float) -> list[dict[str, Any]]:
     """At how many requests a second a server still gives nine in ten their first token within ``latency`` seconds.
 
     Returns:

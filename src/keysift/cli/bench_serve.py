@@ -108,7 +108,7 @@ def command(
     except KeyboardInterrupt:
         interrupted = True
     if latency is not None:
-        data |= {"latency": latency, "highest_rates": serve.highest_rates(rows, parse_rates(rates or ""), latency)}
+        data |= {"latency": latency, "highest_rates": serve.highest_rates(rows, setup.rates, latency)}
     bench.finish(data, file, lambda: print_rows(rows, data.get("highest_rates", ()), latency), as_json)
     bench.end(rows, interrupted)
 

@@ -19,7 +19,6 @@ from keysift.vllm_plugin.options import SECTION, Options
 from keysift.vllm_plugin.versions import unsupported
 
 NAME_OF_POCKET = "keysift-pocket"
-POCKET = "pocket"  # as MODEL
 RESERVED = ("--attention-backend", "--attention-config", "-ac", "--additional-config")  # what the command says itself
 
 
@@ -54,8 +53,8 @@ def command(
         if name in RESERVED:
             raise ValueError(f"{name}: keysift serve gives it itself; or start vllm serve with it")
     if model is not None and model.startswith("-"):
-        raise ValueError(f"{model}: options of vLLM's come after MODEL; the shipped model is called {POCKET}")
-    shipped = model in (None, POCKET)
+        raise ValueError(f"{model}: options of vLLM's come after MODEL; the shipped model is called {pocket.NAME}")
+    shipped = model in (None, pocket.NAME)
     if not dry_run and (reason := unsupported()):
         raise ValueError(reason)
     flags = {

@@ -194,7 +194,7 @@ class BudgetedDecode(DecodeMethod):
         """What ``keep_bytes`` leaves once the keys are chosen, as a share of the bytes of keys and values.
 
         Raises:
-            ValueError: nothing.
+            ValueError: it leaves nothing.
         """
         scanned = self.scanned_share(dim, v_dim, dtype)
         if self.keep_bytes is not None and self.keep_bytes <= scanned:

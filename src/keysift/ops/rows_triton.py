@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -13,21 +15,21 @@ from keysift.ops.chain_triton import chained, wait_for_previous
 
 def write(k: Tensor, v: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, table: Tensor, length: Tensor) -> None:
     """One launch for keys and values; a program writes all heads of one row."""
-    batch, tokens, heads, dim = k_BTKD.shape
+    batch, tokens = k_BTKD.shape[:2]
     new_k, new_v = (x if x.stride(3) == 1 else x.contiguous() for x in (k_BTKD, v_BTKD))
     with torch.cuda.device_of(k):
         _write[(tokens, batch)](
             *(k, v, new_k, new_v, table, length, tokens, table.stride(0), length.stride(0)),
             *(*k.stride()[:3], *v.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3]),
-            PAGE=k.shape[1],
-            HEADS=heads,
-            HEADS_PAD=triton.next_power_of_2(heads),
-            D=dim,
-            D_PAD=triton.next_power_of_2(dim),
-            DV=new_v.shape[3],
-            DV_PAD=triton.next_power_of_2(new_v.shape[3]),
-            **chained(k),
+            **_constants(k, v),
         )
+
+
+def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Of kernels that write rows of these pages."""
+    (_, page, heads, dim), v_dim = k.shape, v.shape[3]
+    pads = {name: triton.next_power_of_2(n) for name, n in (("HEADS_PAD", heads), ("D_PAD", dim), ("DV_PAD", v_dim))}
+    return {"PAGE": page, "HEADS": heads, "D": dim, "DV": v_dim} | pads | chained(k)
 
 
 @triton.jit
@@ -62,21 +64,13 @@ def _copy_row(
 
 def write_at(k: Tensor, v: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots: Tensor) -> None:
     """``keysift.ops.rows.write_at``; a program writes all heads of one row."""
-    _, heads, dim = k_TKD.shape
     new_k, new_v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_TKD, v_TKD))
     if len(slots):
         with torch.cuda.device_of(k):
             _write_at[(len(slots),)](
                 *(k, v, new_k, new_v, slots, slots.stride(0)),
                 *(*k.stride()[:3], *v.stride()[:3], *new_k.stride()[:2], *new_v.stride()[:2]),
-                PAGE=k.shape[1],
-                HEADS=heads,
-                HEADS_PAD=triton.next_power_of_2(heads),
-                D=dim,
-                D_PAD=triton.next_power_of_2(dim),
-                DV=new_v.shape[2],
-                DV_PAD=triton.next_power_of_2(new_v.shape[2]),
-                **chained(k),
+                **_constants(k, v),
             )
 
 

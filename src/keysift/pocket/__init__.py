@@ -6,7 +6,9 @@ The model card is README.md in this folder; `tools/train_pocket.py` trains it.
 
 from pathlib import Path
 
-__all__ = ["path"]
+__all__ = ["NAME", "path"]
+
+NAME = "pocket"  # where commands take a model
 
 
 def path() -> Path:
