@@ -1,5 +1,6 @@
 """The default search of flexprefill: gamma is kept, at a low price, and the kernels choose what the reference does."""
 
+import importlib
 import math
 from importlib.util import find_spec
 
@@ -688,3 +689,11 @@ class TestOnGpu:
             alone, alone_lse = prefill(q[b : b + 1, start:], one, method, ctx, Meter(), with_lse=True)
             assert relative_error(out[b : b + 1, start:], alone) < TOLERANCE[torch.bfloat16]
             assert relative_error(lse[b : b + 1, start:], alone_lse) < 1e-3
+
+
+def test_numbers_that_differ_from_prompt_to_prompt_are_arguments_of_the_kernels():
+    """Triton passes over a name that no argument has."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    of_search, of_lists = (importlib.import_module(f"keysift.ops.flex_{name}_triton") for name in ("search", "lists"))
+    kernels = [x for module in (of_search, of_lists) for x in vars(module).values() if hasattr(x, "arg_names")]
+    assert {*of_search.OF_A_PROMPT} <= {name for kernel in kernels for name in kernel.arg_names}

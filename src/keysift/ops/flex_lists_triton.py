@@ -9,7 +9,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 
 from keysift.ops import flex_search
 from keysift.ops.flex_search import FlexPlan
-from keysift.ops.flex_search_triton import POSITIONS, beside, row_block, seen_from, warps, with_near
+from keysift.ops.flex_search_triton import OF_A_PROMPT, beside, columns, row_block, seen_from, warps, with_near
 from keysift.types import BlockMask
 
 FIRST_OF_NONE = tl.constexpr(flex_search.FIRST_OF_NONE)
@@ -25,7 +25,7 @@ def _enough(score, estimate, cutoff, share, least):
     return enough
 
 
-@triton.jit(do_not_specialize=[*POSITIONS, "first_block"])
+@triton.jit(do_not_specialize=OF_A_PROMPT)
 def _chosen(
     mean,
     last,
@@ -36,7 +36,9 @@ def _chosen(
     keys,
     first_strip,
     strips,
+    per,
     blocks,
+    pitch,
     first_block,
     slots,
     rows,
@@ -45,7 +47,6 @@ def _chosen(
     most,
     striking,
     BLOCK: tl.constexpr,
-    PER: tl.constexpr,
     TOKENS: tl.constexpr,
     C_PAD: tl.constexpr,
     LIMITED: tl.constexpr,
@@ -53,19 +54,19 @@ def _chosen(
 ):
     """List of the blocks before the diagonal that a row of blocks reads."""
     bh = tl.program_id(1).to(tl.int64)
-    mean += bh * strips * blocks
+    mean += bh * strips * pitch
     highest = tl.load(threshold + bh)
     column = tl.arange(0, C_PAD)
-    share_of_last = tl.load(last + bh * blocks + column, mask=column < blocks, other=0.0)
+    share_of_last = tl.load(last + bh * pitch + column, mask=column < blocks, other=0.0)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * AT_ONCE  # rows that follow each other read the same strips
     for row in range(begin, tl.minimum(begin + AT_ONCE, rows)):
         block = first_block + row
         middle = tl.minimum(tl.maximum(block * BLOCK + BLOCK // 2, first), keys - 1)
         strip = middle // TOKENS - first_strip
-        at = row_block(strip, first, keys, first_strip, BLOCK, PER, TOKENS)
-        own = seen_from(mean + strip * blocks, at, block, column, blocks)
-        near = beside(mean, strip, block, column, first, keys, first_strip, strips, blocks, BLOCK, PER, TOKENS)
-        estimate = tl.where(column <= block, with_near(own, near, PER, strips), 0.0)
+        at = row_block(strip, first, keys, first_strip, per, BLOCK, TOKENS)
+        own = seen_from(mean + strip * pitch, at, block, column, blocks)
+        near = beside(mean, strip, block, column, first, keys, first_strip, strips, per, blocks, pitch, BLOCK, TOKENS)
+        estimate = tl.where(column <= block, with_near(own, near, per, strips), 0.0)
         score = tl.where(column <= block, estimate + FIRST_OF_NONE * (column + 1), -1.0)
         score = tl.where((share_of_last >= striking) & (column < block), 1 + share_of_last, score)
         score = tl.where(column == block, float("inf"), score)
@@ -121,7 +122,7 @@ def chosen_lists(plan: FlexPlan, blocks: range) -> BlockMask:
     slots = max(1, blocks.stop - 1)
     count = torch.empty(batch, heads, len(blocks), dtype=torch.int32, device=mean.device)
     index = torch.empty(batch, heads, len(blocks), slots, dtype=torch.int32, device=mean.device)
-    c_pad = triton.next_power_of_2(blocks.stop)
+    c_pad = columns(blocks.stop)
     at_once = 4 if len(blocks) >= 256 else 1
     _chosen[(-(-len(blocks) // at_once), batch * heads)](
         mean,
@@ -133,7 +134,9 @@ def chosen_lists(plan: FlexPlan, blocks: range) -> BlockMask:
         sampling.keys,
         sampling.strips.start,
         strips,
+        sampling.per,
         sampling.blocks,
+        mean.stride(2),
         blocks.start,
         slots,
         len(blocks),
@@ -142,7 +145,6 @@ def chosen_lists(plan: FlexPlan, blocks: range) -> BlockMask:
         blocks.stop if plan.most is None else plan.most,
         sampling.striking,
         BLOCK=sampling.block,
-        PER=sampling.per,
         TOKENS=sampling.strip,
         C_PAD=c_pad,
         LIMITED=plan.most is not None,

@@ -23,9 +23,15 @@ from keysift.types import KV
 
 KEY_TILE = 128  # keys that are loaded at a time
 KEY_TILES = 32  # ... and that one program goes through
-WARP_ELEMENTS = 256  # that a warp holds, where a program goes through a row at once
+FEWEST_COLUMNS = 128  # of a program that goes through a row at once
+WARP_ELEMENTS = 256  # ... that a warp of it holds
 TILE_ROWS = 64  # query rows of one program, the heads of a group together
-POSITIONS = ["first", "keys", "first_strip"]  # of any size: not each may mean a kernel of its own
+ROUND = 16  # elements; rows of masses begin at multiples of it, which lets loads be wide at any number of blocks
+# numbers that differ from prompt to prompt: not each kind of them may mean a kernel of its own
+OF_A_PROMPT = [
+    *("first", "keys", "first_strip", "strips", "per", "rows", "tail", "blocks", "stride", "picked"),
+    *("first_block", "slots", "most"),
+]
 OCTAVES = tl.constexpr(flex_search.OCTAVES)
 NEIGHBOURS = tl.constexpr(flex_search.NEIGHBOURS)
 NEAR = tl.constexpr(flex_search.NEAR)
@@ -33,13 +39,13 @@ LOWEST = tl.constexpr(-1e30)  # in place of -inf, which no row may be shifted by
 
 
 @triton.jit
-def _position(strip, sample, first, keys, PER: tl.constexpr, TOKENS: tl.constexpr):
+def _position(strip, sample, first, keys, per, TOKENS: tl.constexpr):
     """Position of a strip's sampled row; the last row stands in beyond the last strip."""
     lo = tl.maximum(strip * TOKENS, first)
     hi = tl.minimum((strip + 1) * TOKENS, keys)
-    number = (strip * PER + sample).to(tl.uint32) * 2654435761
+    number = (strip * per + sample).to(tl.uint32) * 2654435761
     jitter = (number >> 16).to(tl.int64)
-    at = lo + ((sample.to(tl.int64) * 65536 + jitter) * (hi - lo) // (PER * 65536)).to(tl.int32)
+    at = lo + ((sample.to(tl.int64) * 65536 + jitter) * (hi - lo) // (per * 65536)).to(tl.int32)
     return tl.minimum(at, keys - 1)
 
 
@@ -62,7 +68,7 @@ def _key_tile(k, table, b, row, last, head, k_b, k_s, k_h, ROWS: tl.constexpr, D
     return y
 
 
-@triton.jit(do_not_specialize=POSITIONS)
+@triton.jit(do_not_specialize=OF_A_PROMPT)
 def _tile_mass(
     q,
     k,
@@ -74,7 +80,7 @@ def _tile_mass(
     first_strip,
     rows,
     tail,
-    tiles,
+    pitch,
     factor,
     q_b,
     q_t,
@@ -131,11 +137,11 @@ def _tile_mass(
             total = high + tl.log2(tl.sum(tl.exp2(score * factor - high[:, None]), 1))
             result = tl.where(slot[None, :] == c - begin, total[:, None], result)
         column = begin + slot
-        at = ((b * HEADS + head).to(tl.int64) * rows + row) * tiles
+        at = ((b * HEADS + head).to(tl.int64) * rows + row) * pitch
         tl.store(out + at[:, None] + column[None, :], result, mask=real[:, None] & (column[None, :] < end))
 
 
-@triton.jit(do_not_specialize=POSITIONS)
+@triton.jit(do_not_specialize=OF_A_PROMPT)
 def _strip_mass(
     rows_mass,
     mean,
@@ -146,6 +152,7 @@ def _strip_mass(
     strips,
     tail,
     blocks,
+    pitch,
     BLOCK: tl.constexpr,
     PER: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -158,35 +165,37 @@ def _strip_mass(
     position = _position(first_strip + strip, sample, first, keys, PER, TOKENS)
     tile = tl.arange(0, C_PAD * TILES)
     known = tile[None, :] <= (position // (BLOCK // TILES))[:, None]
-    at = (bh * (strips * PER + tail) + strip * PER + sample) * blocks * TILES
+    at = (bh * (strips * PER + tail) + strip * PER + sample) * pitch * TILES
     x = tl.load(rows_mass + at[:, None] + tile[None, :], mask=known, other=float("-inf"))
     share = tl.exp2(x - tl.max(x, 1)[:, None])
     share = share / tl.sum(share, 1)[:, None]
     share = tl.sum(share.reshape(PER, C_PAD, TILES), 2)
-    at = (bh * strips + strip) * blocks + column
+    at = (bh * strips + strip) * pitch + column
     tl.store(mean + at, tl.sum(share, 0) / PER, mask=column < blocks)
     if PER > 1:
         even = tl.where((sample % 2 == 0)[:, None], share, 0.0)
         tl.store(half + at, tl.sum(even, 0) / (PER // 2), mask=column < blocks)
 
 
-@triton.jit(do_not_specialize=["keys"])
-def _last_mass(rows_mass, last, keys, rows, tail, blocks, TILES: tl.constexpr, TILE: tl.constexpr, C_PAD: tl.constexpr):
+@triton.jit(do_not_specialize=OF_A_PROMPT)
+def _last_mass(
+    rows_mass, last, keys, rows, tail, blocks, pitch, TILES: tl.constexpr, TILE: tl.constexpr, C_PAD: tl.constexpr
+):
     """Largest share of attention that one of the last rows gives to each key block, of ``TILES`` tiles each."""
     row, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column, tile = tl.arange(0, C_PAD), tl.arange(0, C_PAD * TILES)
     known = tile <= (keys - tail + row) // TILE
-    x = tl.load(rows_mass + (bh * rows + rows - tail + row) * blocks * TILES + tile, mask=known, other=float("-inf"))
+    x = tl.load(rows_mass + (bh * rows + rows - tail + row) * pitch * TILES + tile, mask=known, other=float("-inf"))
     share = tl.exp2(x - tl.max(x))
     share = tl.sum((share / tl.sum(share)).reshape(C_PAD, TILES), 1)
     # floats of one sign are ordered like their bits
-    tl.atomic_max(last + bh * blocks + column, share.to(tl.int32, bitcast=True), mask=(column < blocks) & (share > 0))
+    tl.atomic_max(last + bh * pitch + column, share.to(tl.int32, bitcast=True), mask=(column < blocks) & (share > 0))
 
 
 @triton.jit
-def row_block(strip, first, keys, first_strip, BLOCK: tl.constexpr, PER: tl.constexpr, TOKENS: tl.constexpr):
+def row_block(strip, first, keys, first_strip, per, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
     """Block of a strip's rows."""
-    return _position(first_strip + strip, PER - 1 + strip * 0, first, keys, PER, TOKENS) // BLOCK
+    return _position(first_strip + strip, per - 1 + strip * 0, first, keys, per, TOKENS) // BLOCK
 
 
 @triton.jit
@@ -211,26 +220,27 @@ def beside(
     keys,
     first_strip,
     strips,
+    per,
     blocks,
+    pitch,
     BLOCK: tl.constexpr,
-    PER: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """What the strips before and behind say of the rows of ``block``, their mean."""
     total = tl.zeros_like(column).to(tl.float32)
     number = 0
     if strip > 0:
-        at = row_block(strip - 1, first, keys, first_strip, BLOCK, PER, TOKENS)
-        total += seen_from(mean + (strip - 1) * blocks, at, block, column, blocks)
+        at = row_block(strip - 1, first, keys, first_strip, per, BLOCK, TOKENS)
+        total += seen_from(mean + (strip - 1) * pitch, at, block, column, blocks)
         number += 1
     if strip < strips - 1:
-        at = row_block(strip + 1, first, keys, first_strip, BLOCK, PER, TOKENS)
-        total += seen_from(mean + (strip + 1) * blocks, at, block, column, blocks)
+        at = row_block(strip + 1, first, keys, first_strip, per, BLOCK, TOKENS)
+        total += seen_from(mean + (strip + 1) * pitch, at, block, column, blocks)
         number += 1
     return total / tl.maximum(number, 1)
 
 
-@triton.jit(do_not_specialize=POSITIONS)
+@triton.jit(do_not_specialize=OF_A_PROMPT)
 def _held_out(
     mean,
     half,
@@ -241,36 +251,38 @@ def _held_out(
     keys,
     first_strip,
     strips,
+    per,
     blocks,
+    pitch,
     stride,
     striking,
     BLOCK: tl.constexpr,
-    PER: tl.constexpr,
     TOKENS: tl.constexpr,
     C_PAD: tl.constexpr,
+    FOLDS: tl.constexpr,
     FINE: tl.constexpr,
 ):
     """Mass of rows that had no say, on the blocks that the others' estimate puts above each threshold."""
     picked, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     strip = picked * stride
-    mean += bh * strips * blocks
-    half += bh * strips * blocks
+    mean += bh * strips * pitch
+    half += bh * strips * pitch
     covered += (bh * tl.num_programs(0) + picked) * 2 * OCTAVES
-    at = row_block(strip, first, keys, first_strip, BLOCK, PER, TOKENS)
+    at = row_block(strip, first, keys, first_strip, per, BLOCK, TOKENS)
     column = tl.arange(0, C_PAD)
-    always = (column == at) | (tl.load(last + bh * blocks + column, mask=column < at, other=0.0) >= striking)
-    whole = tl.load(mean + strip * blocks + column, mask=column <= at, other=0.0)
-    near = beside(mean, strip, at, column, first, keys, first_strip, strips, blocks, BLOCK, PER, TOKENS)
+    always = (column == at) | (tl.load(last + bh * pitch + column, mask=column < at, other=0.0) >= striking)
+    whole = tl.load(mean + strip * pitch + column, mask=column <= at, other=0.0)
+    near = beside(mean, strip, at, column, first, keys, first_strip, strips, per, blocks, pitch, BLOCK, TOKENS)
     of_one, of_other = 1.0, 1.0
     if FINE:
         of_one = tl.load(above + bh * 2)
-        if PER > 1:
+        if FOLDS > 1:
             of_other = tl.load(above + bh * 2 + 1)
-    if PER > 1:
-        a = tl.load(half + strip * blocks + column, mask=column <= at, other=0.0)
+    if FOLDS > 1:
+        a = tl.load(half + strip * pitch + column, mask=column <= at, other=0.0)
         b = 2 * whole - a
-        _covered_by(with_near(a, near, PER // 2, strips), b, always, of_one, covered, FINE)
-        _covered_by(with_near(b, near, PER // 2, strips), a, always, of_other, covered + OCTAVES, FINE)
+        _covered_by(with_near(a, near, per // 2, strips), b, always, of_one, covered, FINE)
+        _covered_by(with_near(b, near, per // 2, strips), a, always, of_other, covered + OCTAVES, FINE)
     else:
         _covered_by(tl.where(strips > 1, near, whole), whole, always, of_one, covered, FINE)
 
@@ -290,7 +302,7 @@ def _covered_by(estimate, held_out, always, above, covered, FINE: tl.constexpr):
         tl.store(covered + step, tl.sum(tl.where(estimate >= threshold, held_out, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_A_PROMPT)
 def _threshold(covered, above, threshold, picked, gamma, FOLDS: tl.constexpr, CHUNK: tl.constexpr, FINE: tl.constexpr):
     """The highest threshold at which the held-out rows are covered to gamma: first its octave, then its eighth of it.
 
@@ -331,11 +343,12 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
     tile = max(1, min(TILE_ROWS // group_pad, triton.next_power_of_2(rows)))
     tile = max(tile, 16 // group_pad)
     device = q.device
-    options: dict[str, Any] = {"BLOCK": sampling.block, "PER": per, "TOKENS": sampling.strip}
+    options: dict[str, Any] = {"BLOCK": sampling.block, "TOKENS": sampling.strip}
     where = (sampling.first, sampling.keys, sampling.strips.start)
+    pitch = -(-blocks // ROUND) * ROUND
     key_tile = min(KEY_TILE, sampling.block)
     tiles = sampling.block // key_tile
-    rows_mass = torch.empty(batch, heads, rows, blocks * tiles, dtype=torch.float32, device=device)
+    rows_mass = torch.empty(batch, heads, rows, pitch * tiles, dtype=torch.float32, device=device)
     grid = (-(-blocks * tiles // KEY_TILES), -(-rows // tile), batch * kv_heads)
     d_pad = max(16, triton.next_power_of_2(dim))
     hopper = not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] >= 9
@@ -349,7 +362,7 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
         *where,
         rows,
         sampling.tail,
-        blocks * tiles,
+        pitch * tiles,
         scale * math.log2(math.e),
         *q.stride()[:3],
         *k.stride()[:3],
@@ -361,7 +374,7 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
         KEY_TILES=KEY_TILES,
         TILE=key_tile,
         PER=per,
-        TOKENS=options["TOKENS"],
+        TOKENS=sampling.strip,
         D=dim,
         D_PAD=d_pad,
         PAGE=k.shape[1] if paged else 0,
@@ -369,9 +382,9 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
         num_warps=4,
         num_stages=3 if d_pad * q.element_size() <= 256 else 2,
     )
-    mean = torch.empty(batch, heads, strips, blocks, dtype=torch.float32, device=device)
+    mean = torch.empty(batch, heads, strips, pitch, dtype=torch.float32, device=device)
     half = torch.empty_like(mean) if per > 1 else mean
-    c_pad = triton.next_power_of_2(blocks)
+    c_pad = columns(blocks)
     _strip_mass[(strips, batch * heads)](
         rows_mass,
         mean,
@@ -380,12 +393,14 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
         strips,
         sampling.tail,
         blocks,
+        pitch,
+        PER=per,
         TILES=tiles,
         C_PAD=c_pad,
         num_warps=warps(c_pad * per),
         **options,
     )
-    last = torch.zeros(batch, heads, blocks, dtype=torch.int32, device=device)
+    last = torch.zeros(batch, heads, pitch, dtype=torch.int32, device=device)
     _last_mass[(sampling.tail, batch * heads)](
         rows_mass,
         last,
@@ -393,6 +408,7 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
         rows,
         sampling.tail,
         blocks,
+        pitch,
         TILES=tiles,
         TILE=key_tile,
         C_PAD=c_pad,
@@ -403,6 +419,7 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
     covered = torch.empty(batch, heads, picked, 2, flex_search.OCTAVES, dtype=torch.float32, device=device)
     above = torch.empty(batch, heads, 2, dtype=torch.float32, device=device)
     threshold = torch.empty(batch, heads, dtype=torch.float32, device=device)
+    folds = min(per, 2)
     for fine in (False, True):
         _held_out[(picked, batch * heads)](
             mean,
@@ -412,18 +429,26 @@ def search(q_BTHD: Tensor, kv: KV, scale: float, gamma: float, sampling: Samplin
             covered,
             *where,
             strips,
+            per,
             blocks,
+            pitch,
             sampling.stride,
             sampling.striking,
             C_PAD=c_pad,
+            FOLDS=folds,
             FINE=fine,
             num_warps=warps(c_pad),
             **options,
         )
         _threshold[(batch * heads,)](
-            covered, above, threshold, picked, gamma, FOLDS=min(per, 2), CHUNK=32, FINE=fine, num_warps=1
+            covered, above, threshold, picked, gamma, FOLDS=folds, CHUNK=32, FINE=fine, num_warps=1
         )
-    return mean, last, threshold
+    return mean[..., :blocks], last[..., :blocks], threshold
+
+
+def columns(blocks: int) -> int:
+    """Key blocks that a program goes through at once, a power of two."""
+    return max(FEWEST_COLUMNS, triton.next_power_of_2(blocks))
 
 
 def warps(elements: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keysift.types import BlockMask
 
-MAX_TILE = 2048  # columns that a program compacts at a time
+MIN_TILE, MAX_TILE = 128, 2048  # columns that a program compacts at a time
 
 
 def compact(active: Tensor, block: int, first: int) -> BlockMask:
@@ -29,12 +29,15 @@ def compact(active: Tensor, block: int, first: int) -> BlockMask:
                 *(active.view(torch.uint8), *active.stride()),
                 *(mask.partial_count, mask.partial_index, mask.full_count, mask.full_index),
                 *(heads, rows, columns, width, first),
-                TILE=min(MAX_TILE, triton.next_power_of_2(max(width, 16))),
+                TILE=min(MAX_TILE, max(MIN_TILE, triton.next_power_of_2(width))),
             )
     return mask
 
 
-@triton.jit
+OF_A_PROMPT = ["stride_b", "stride_h", "stride_q", "rows", "columns", "width", "first"]
+
+
+@triton.jit(do_not_specialize=OF_A_PROMPT)  # or not a few of them would be kernels of their own
 def _compact(
     active_ptr, stride_b, stride_h, stride_q, stride_c,
     partial_count_ptr, partial_index_ptr, full_count_ptr, full_index_ptr,
