@@ -182,8 +182,13 @@ def test_scores_are_the_least_bound_that_the_bounds_allow(case, backend):
         expected[b, :, j] = torch.maximum(x * low, x * high).sum(-1) * 0.3
         assert (expected[b, :, j] >= (x * own).sum(-1).amax(0) * 0.3 - 1e-9).all()
     assert score.shape == (*q.shape[:2], -(-kv.bound // case.unit))
+    last = pages._ends(kv, case.unit)[1] * (kv.length > 0)
+    behind = torch.arange(score.shape[-1], device=DEVICE) >= last[:, None]  # unspecified
+    score = score.masked_fill(behind[:, None], -INF)
     assert torch.equal(score == -INF, expected == -INF)
     assert torch.allclose(score.double(), expected, rtol=1e-4, atol=1e-4)
+    unread = torch.arange(lse.shape[-1], device=DEVICE) * pages.LSE_PAGES >= last[:, None]
+    lse = lse.masked_fill(unread[:, None], -INF)
     assert torch.allclose(lse.logsumexp(-1).double(), expected.logsumexp(-1), rtol=1e-5, atol=1e-4)
 
 
@@ -230,6 +235,45 @@ def test_the_best_pages_are_read_and_only_their_rows_in_the_view(monkeypatch, ca
         assert rows_of(one) == expected
         assert one.rows.shape == (len(case.spans), 2 if per == "kv_head" else 2 * case.group, most * case.unit)
         assert rows_of(pages.top_pages_reference(score, kv, case.unit, count, most, per)) == expected
+
+
+@pytest.mark.parametrize("per", pages.PER)
+@pytest.mark.parametrize("programs", [1, 8192])
+def test_what_no_kernel_has_written_none_reads(monkeypatch, programs, per):
+    """... however many parts of the pages a program goes through."""
+    case = Case(((0, 3, 300), (0, 130, 140), (5, 5, 5), (1, 150, 255)), 2, paged=32, group=2)
+    *_, expected, _ = scored(case, "reference")
+
+    def poisoned(*size, dtype, device):
+        return torch.full(size, torch.nan if dtype.is_floating_point else -7, dtype=dtype, device=device)
+
+    monkeypatch.setattr(kernels, "SCORE_PROGRAMS", programs)
+    q, kv, bounds, *_ = scored(case, "kernel")
+    monkeypatch.setattr(torch, "empty", poisoned)
+    score, lse = kernels.scores(q, bounds, kv, 2, 0.3)
+    count = torch.tensor([40, 40, 40, 7], device=DEVICE)
+    found = rows_of(kernels.top(score, kv, 2, count, 40, per == "kv_head", lse))
+    assert found == rows_of(pages.top_pages_reference(expected, kv, 2, count, 40, per))
+
+
+@pytest.mark.parametrize("per", pages.PER)
+@pytest.mark.parametrize("bound", [4097, pytest.param(17000, marks=pytest.mark.slow)])
+def test_the_bound_of_a_step_says_nothing_of_what_is_chosen(bound, per):
+    """... neither where as many pages are held as it allows for, nor where fewer are; scores behind are not read."""
+    lengths = torch.tensor([1, 1024, 1025, 4097])
+    k = torch.zeros(len(lengths), 1, 2, 16, device=DEVICE)
+    kv = KV(k, k, torch.zeros_like(lengths).to(DEVICE), lengths.to(DEVICE), most=bound)
+    score = torch.randn(len(lengths), 4, bound, generator=generator(3)).to(DEVICE)
+    behind = torch.arange(bound, device=DEVICE) >= kv.length[:, None]
+    expected = pages.top_pages_reference(
+        score.masked_fill(behind[:, None], -INF), kv, 1, lengths.to(DEVICE) // 3 + 1, 700, per
+    )
+    lse = pages._lse(score.masked_fill(behind[:, None], -INF))
+    poisoned = score.masked_fill(behind[:, None], torch.nan)
+    lse[lse.isneginf()] = torch.nan
+    assert rows_of(kernels.top(poisoned, kv, 1, lengths.to(DEVICE) // 3 + 1, 700, per == "kv_head", lse)) == rows_of(
+        expected
+    )
 
 
 @pytest.mark.parametrize("per", pages.PER)

@@ -119,48 +119,48 @@ def _match(
     low = place(begin, 32 * WORDS, PAGE)
     high = place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE)
     some = (begin < end) & (tl.program_id(0) * ENTRIES <= high) & ((tl.program_id(0) + 1) * ENTRIES > low)
-    lane = tl.arange(0, ENTRIES * TABLES)  # tables of an entry side by side
-    # lanes without an entry or a table of their own read another's, so that loads need no mask
-    entry = tl.minimum(tl.maximum(tl.program_id(0) * ENTRIES + lane // TABLES, low), high)
-    offset = entry_offset(entry, some, b, k_head, table, table_stride, strides, PAGE) * WORDS
-    planes_at = planes + offset[:, None] + tl.arange(0, WORDS)[None, :]
-    codes += (tl.program_id(1) * G).to(tl.int64) * L
-    none = tl.zeros([ENTRIES * TABLES, WORDS], tl.int32)
-    once = (none,) * G
-    twice = (none,) * G
-    chunks: tl.constexpr = (L + TABLES - 1) // TABLES
-    per: tl.constexpr = (chunks + SPLITS - 1) // SPLITS
-    stop = tl.where(some, tl.minimum((split + 1) * per, chunks), 0)
-    for chunk in tl.range(split * per, stop, num_stages=STAGES):
-        at = (chunk * TABLES + lane % TABLES)[:, None]
-        no_table = tl.where(at < L, 0, -1)
-        at = tl.minimum(at, L - 1)
-        plane = ()
-        for bit in tl.static_range(BITS):
-            plane += (tl.load(planes_at + at * WORDS + bit * L * WORDS),)  # type: ignore[assignment]
-        new_once = ()
-        new_twice = ()
-        for g in tl.static_range(G):
-            code = tl.load(codes + g * L + at)
-            differs = no_table
+    if some:
+        lane = tl.arange(0, ENTRIES * TABLES)  # tables of an entry side by side
+        # lanes without an entry or a table of their own read another's, so that loads need no mask
+        entry = tl.minimum(tl.maximum(tl.program_id(0) * ENTRIES + lane // TABLES, low), high)
+        offset = entry_offset(entry, some, b, k_head, table, table_stride, strides, PAGE) * WORDS
+        planes_at = planes + offset[:, None] + tl.arange(0, WORDS)[None, :]
+        of_group = codes + (tl.program_id(1) * G).to(tl.int64) * L
+        none = tl.zeros([ENTRIES * TABLES, WORDS], tl.int32)
+        once = (none,) * G
+        twice = (none,) * G
+        chunks: tl.constexpr = (L + TABLES - 1) // TABLES
+        per: tl.constexpr = (chunks + SPLITS - 1) // SPLITS
+        for chunk in tl.range(split * per, tl.minimum((split + 1) * per, chunks), num_stages=STAGES):
+            at = (chunk * TABLES + lane % TABLES)[:, None]
+            no_table = tl.where(at < L, 0, -1)
+            at = tl.minimum(at, L - 1)
+            plane = ()
             for bit in tl.static_range(BITS):
-                differs = differs | (plane[bit] ^ ((code << (31 - bit)) >> 31))
-            new_twice += (twice[g] | (once[g] & ~differs),)  # type: ignore[assignment]
-            new_once += (once[g] | ~differs,)  # type: ignore[assignment]
-        once = new_once
-        twice = new_twice
-    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    kept = (entry < entries)[:, None] & some
-    for g in tl.static_range(G):
-        one = tl.reshape(once[g], [ENTRIES, TABLES, WORDS])
-        one, two = tl.reduce((one, tl.reshape(twice[g], [ENTRIES, TABLES, WORDS])), 1, either)
-        row = (tl.program_id(1) * G + g).to(tl.int64) * SPLITS + split
-        if SPLITS > 1:
-            tl.store(parts + 2 * row * entries * WORDS + to, one, mask=kept)
-            tl.store(parts + (2 * row + 1) * entries * WORDS + to, two, mask=kept)
-        else:
-            tl.store(parts + row * entries * WORDS + to, two, mask=kept)
+                plane += (tl.load(planes_at + at * WORDS + bit * L * WORDS),)  # type: ignore[assignment]
+            new_once = ()
+            new_twice = ()
+            for g in tl.static_range(G):
+                code = tl.load(of_group + g * L + at)
+                differs = no_table
+                for bit in tl.static_range(BITS):
+                    differs = differs | (plane[bit] ^ ((code << (31 - bit)) >> 31))
+                new_twice += (twice[g] | (once[g] & ~differs),)  # type: ignore[assignment]
+                new_once += (once[g] | ~differs,)  # type: ignore[assignment]
+            once = new_once
+            twice = new_twice
+        entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+        to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        kept = (entry < entries)[:, None]
+        for g in tl.static_range(G):
+            one = tl.reshape(once[g], [ENTRIES, TABLES, WORDS])
+            one, two = tl.reduce((one, tl.reshape(twice[g], [ENTRIES, TABLES, WORDS])), 1, either)
+            row = (tl.program_id(1) * G + g).to(tl.int64) * SPLITS + split
+            if SPLITS > 1:
+                tl.store(parts + 2 * row * entries * WORDS + to, one, mask=kept)
+                tl.store(parts + (2 * row + 1) * entries * WORDS + to, two, mask=kept)
+            else:
+                tl.store(parts + row * entries * WORDS + to, two, mask=kept)
 
 
 @triton.jit
@@ -192,27 +192,30 @@ def _list(
     begin, end, zero = span(bh // H, start, length, origin, True)
     low = place(begin, 32 * WORDS, PAGE) * WORDS
     high = (place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE) + 1) * WORDS
-    high = tl.where(begin < end, high, low)
+    high = tl.minimum(tl.where(begin < end, high, low), entries * WORDS)
     mine = tl.program_id(0) * TILE
-    number = tl.zeros([BEFORE], tl.int32)
-    for some in range(low // BEFORE * BEFORE, tl.minimum(mine, high), BEFORE):
-        at = some + tl.arange(0, BEFORE)
-        seen = (at >= low) & (at < tl.minimum(mine, high))
-        word, _ = _collided(parts, bh, at, seen, begin, end, entries, PAGE, SPLITS)
-        number += _ones(word)
-    listed = tl.sum(number)
-    at = mine + tl.arange(0, TILE)
-    word, token = _collided(parts, bh, at, (at >= low) & (at < high), begin, end, entries, PAGE, SPLITS)
-    number = _ones(word)
-    slot = listed + tl.cumsum(number, 0) - number
-    rows += bh.to(tl.int64) * width
-    for _ in range(tl.max(number)):
-        lowest = word & -word
-        tl.store(rows + slot, zero + token + _ones(lowest - 1), mask=word != 0)
-        slot += 1
-        word ^= lowest
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(count + bh, listed + tl.sum(number))
+    if low < high:
+        if mine < high:
+            number = tl.zeros([BEFORE], tl.int32)
+            for some in range(low // BEFORE * BEFORE, mine, BEFORE):
+                at = some + tl.arange(0, BEFORE)
+                word, _ = _collided(parts, bh, at, (at >= low) & (at < mine), begin, end, entries, PAGE, SPLITS)
+                number += _ones(word)
+            listed = tl.sum(number)
+            at = mine + tl.arange(0, TILE)
+            word, token = _collided(parts, bh, at, (at >= low) & (at < high), begin, end, entries, PAGE, SPLITS)
+            number = _ones(word)
+            slot = listed + tl.cumsum(number, 0) - number
+            rows += bh.to(tl.int64) * width
+            for _ in range(tl.max(number)):
+                lowest = word & -word
+                tl.store(rows + slot, zero + token + _ones(lowest - 1), mask=word != 0)
+                slot += 1
+                word ^= lowest
+            if mine + TILE >= high:
+                tl.store(count + bh, listed + tl.sum(number))
+    elif mine == 0:
+        tl.store(count + bh, 0)
 
 
 def collisions(codes_BHL: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | None) -> Selection:
@@ -284,7 +287,7 @@ def _new_word(job, jobs, per, start, length, origin, done, PAGE: tl.constexpr):
     return b, at, token, low, tl.where(seen, tl.minimum(end, stop), low), zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["jobs", "per"])  # or prompts of other lengths would be other kernels
 def _hash(
     k, w, mean, threshold, planes, table, start, length, origin, done, k_strides, table_stride, w_stride, strides,
     jobs, per, tiles,

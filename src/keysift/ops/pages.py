@@ -85,7 +85,7 @@ def extend_bounds_reference(bounds: Tensor, kv: KV, unit: int, done: Tensor, mos
     bounds[where, :, slot] = torch.stack((low, high), 3)[held].to(bounds.dtype)
 
 
-def page_scores(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> Tensor:
+def page_scores_lse(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> tuple[Tensor, Tensor]:
     """Upper bound of ``q.k * scale`` over each page: ``sum_d max(q_d low_d, q_d high_d) * scale``.
 
     Args:
@@ -96,16 +96,13 @@ def page_scores(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) 
         scale: positive factor.
 
     Returns:
-        fp32 ``[B, H, ceil(kv.bound / unit)]``; -inf for pages without a row of the view.
+        The bounds, fp32 ``[B, H, ceil(kv.bound / unit)]``: -inf for pages before the view's first row, unspecified for
+        those behind its last (all of an empty one); and the log-sum-exp of each ``LSE_PAGES``, fp32 ``[B, H, *]``,
+        unspecified where all of them are.
 
     Raises:
         ValueError: a unit that does not divide the page.
     """
-    return page_scores_lse(q_BHD, bounds, kv, unit, scale)[0]
-
-
-def page_scores_lse(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The same and, for ``top_pages``, the log-sum-exp of each ``LSE_PAGES`` scores, fp32 ``[B, H, *]``."""
     _check(kv, unit)
     if on_gpu(bounds):
         from keysift.ops import pages_triton
@@ -149,14 +146,14 @@ def top_pages(
     the scores themselves count.
 
     Args:
-        score_BHP: of ``page_scores``; pages without a row of the view, and -inf, are never chosen.
+        score_BHP: of ``page_scores_lse``; pages without a row of the view, and -inf, are never chosen.
         kv: the view.
         unit: tokens of a Quest page.
         count: pages to read, integers ``[B]``, or a quota of keys.
         most_pages: static bound of count; no more pages are read.
         per: "kv_head" or "query_head".
-        lse: log-sum-exp of parts of the pages that together are all, fp32 ``[B, H, *]``, as ``page_scores_lse`` gives
-            it; None to compute it.
+        lse: log-sum-exp of each ``LSE_PAGES`` scores, fp32 ``[B, H, *]``, as ``page_scores_lse`` gives it; None to
+            compute it, of scores that are all specified.
 
     Returns:
         Rows, int32 ``[B, K or H, most_pages * unit]``, and counts, int32.

@@ -11,13 +11,15 @@ from torch import Tensor
 from keysift.ops.chain_triton import chained, wait_for_previous
 from keysift.ops.pages import LSE_PAGES, Quota, page_count, touched
 from keysift.ops.paging_triton import row_offsets
-from keysift.ops.select_triton import LOG2E, cut, keys_of, tile_of, write_chosen
+from keysift.ops.select_triton import HELD_TILE, LOG2E, cut, keys_of, tile_of, write_chosen
 from keysift.types import KV, Selection
 
 EXTEND_PAGES = 16  # Quest pages of a program
 EXTEND_STEP = 8  # tokens of each of them that are loaded at a time
 SCORE_TILE, SCORE_WARPS, SCORE_STAGES = 32, 2, 2  # pages that are scored at once
+SCORE_PROGRAMS = 8192  # that are enough; where a bound allows for more pages, a program goes through several parts
 ROWS_TILE = 4096  # rows that a program writes at a time
+FEW_TILES = 4  # where no more are needed than these, or one, the best pages are found sooner than among a bound's
 LOWEST = tl.constexpr(-1e30)  # in place of -inf, which nothing may be shifted by
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -58,9 +60,9 @@ def scores(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> tu
     q = q_BHD if q_BHD.stride(2) == 1 else q_BHD.contiguous()
     wide = triton.knobs.runtime.interpret or q.dtype != bounds.dtype
     with torch.cuda.device_of(bounds):
-        _score[(parts, batch * kv_heads)](
+        _score[(min(parts, max(1, SCORE_PROGRAMS // (batch * kv_heads))), batch * kv_heads)](
             *(q, bounds, score, lse, *_view(kv)),
-            *(kv_heads, score.shape[2], scale),
+            *(kv_heads, parts, scale),
             *(*q.stride()[:2], *bounds.stride()[:4]),
             UNIT=unit,
             PAGE=0 if kv.table is None else kv.k.shape[1],
@@ -100,6 +102,7 @@ def top(
                 *(score, lse, values, best, rows, used, *_view(kv)[2:]),
                 *(kv.start if isinstance(count, Quota) else count, quota.share, quota.keys),
                 *(chosen, score.stride(1), most_pages, lse.shape[2], *lse.stride()),
+                LSE_PAGES=LSE_PAGES,
                 UNIT=unit,
                 ORIGIN=kv.origin is not None,
                 QUOTA=isinstance(count, Quota),
@@ -109,6 +112,8 @@ def top(
                 PARTS=triton.next_power_of_2(max(lse.shape[2], 1)),
                 TILE=tile,
                 TILES=tiles,
+                FEW=0 if 0 < tiles <= FEW_TILES else HELD_TILE,
+                FEW_TILES=FEW_TILES,
                 ROWS_TILE=min(ROWS_TILE, triton.next_power_of_2(most_pages * unit)),
                 num_warps=warps,
                 **chained(score),
@@ -171,13 +176,13 @@ def _extend(
 @triton.jit
 def _score(
     q, bounds, score, lse, table, table_stride, origin, start, length,
-    kv_heads, pitch, scale, q_b, q_head, side_0, side_head, side_slot, side_half,
+    kv_heads, parts, scale, q_b, q_head, side_0, side_head, side_slot, side_half,
     UNIT: tl.constexpr, PAGE: tl.constexpr, ORIGIN: tl.constexpr, PAGES: tl.constexpr, TILE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDEN: tl.constexpr,
     STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of ``PAGES`` Quest pages for the heads of a group, a tile at a time while later ones are being loaded; the
-    two bounds of a page are one row of a product."""
+    """Scores of parts of ``PAGES`` Quest pages for the heads of a group, a tile at a time while later ones are being
+    loaded; the two bounds of a page are one row of a product."""
     b, kv_head = tl.program_id(1) // kv_heads, (tl.program_id(1) % kv_heads).to(tl.int64)
     bounds += kv_head * side_head
     wait_for_previous(CHAINED)
@@ -192,45 +197,47 @@ def _score(
     if WIDEN:
         x = x.to(tl.float32)
     x = x.T
-    peak = tl.full((G_PAD,), LOWEST, tl.float32)
-    mass = tl.zeros((G_PAD,), tl.float32)
-    for i in tl.range(0, PAGES, TILE, num_stages=STAGES):
-        page = tl.program_id(0) * PAGES + i + tl.arange(0, TILE)
-        row = first + page * UNIT
-        kept = (row < end) & (row + UNIT > begin) & (begin < end)
-        at = row_offsets(page, kept, b, table, table_stride, side_0, side_slot, PAGE // UNIT)
-        at = bounds + at[:, None] + (half * side_half + dim)[None, :]
-        bound = tl.load(at, mask=kept[:, None] & (dim[None, :] < D), other=0.0)
-        if WIDEN:
-            bound = bound.to(tl.float32)
-        z = tl.dot(bound, x, input_precision="tf32x3") * scale  # fp32 by "ieee" would overflow the registers
-        z = tl.where(kept[:, None], z, float("-inf"))
-        tl.store(score + head[None, :] * pitch + page[:, None], z, mask=(g < G)[None, :])
-        higher = tl.maximum(tl.max(z, 0), peak)
-        mass = mass * tl.exp2((peak - higher) * LOG2E) + tl.sum(tl.exp2((z - higher[None, :]) * LOG2E), 0)
-        peak = higher
-    alike = lse + (b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * kv_heads * G + kv_head * G + g
-    tl.store(alike, tl.where(mass > 0, peak + tl.log2(mass) * LN2, float("-inf")), mask=g < G)
+    pages = tl.where(begin < end, (end - first + UNIT - 1) // UNIT, 0)  # up to the last that has a row
+    for part in range(tl.program_id(0), tl.minimum((pages + PAGES - 1) // PAGES, parts), tl.num_programs(0)):
+        peak = tl.full((G_PAD,), LOWEST, tl.float32)
+        mass = tl.zeros((G_PAD,), tl.float32)
+        for i in tl.range(part * PAGES, tl.minimum((part + 1) * PAGES, pages), TILE, num_stages=STAGES):
+            page = i + tl.arange(0, TILE)
+            row = first + page * UNIT
+            kept = (row < end) & (row + UNIT > begin)
+            at = row_offsets(page, kept, b, table, table_stride, side_0, side_slot, PAGE // UNIT)
+            at = bounds + at[:, None] + (half * side_half + dim)[None, :]
+            bound = tl.load(at, mask=kept[:, None] & (dim[None, :] < D), other=0.0)
+            if WIDEN:
+                bound = bound.to(tl.float32)
+            z = tl.dot(bound, x, input_precision="tf32x3") * scale  # fp32 by "ieee" would overflow the registers
+            z = tl.where(kept[:, None], z, float("-inf"))
+            tl.store(score + head[None, :] * parts * PAGES + page[:, None], z, mask=(g < G)[None, :])
+            higher = tl.maximum(tl.max(z, 0), peak)
+            mass = mass * tl.exp2((peak - higher) * LOG2E) + tl.sum(tl.exp2((z - higher[None, :]) * LOG2E), 0)
+            peak = higher
+        alike = lse + (b.to(tl.int64) * parts + part) * kv_heads * G + kv_head * G + g
+        tl.store(alike, tl.where(mass > 0, peak + tl.log2(mass) * LN2, float("-inf")), mask=g < G)
 
 
 @triton.jit
 def _values(
-    score, shift, start, low, high, pitch,
+    score, shift, from_page, low, high, pitch,
     SHARED: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What ``TILE`` pages count with: their score, or the sum over a group's heads of the softmax weights."""
-    page = start + tl.arange(0, TILE)
+    page = from_page + tl.arange(0, TILE)
     if SHARED:
         value, peak = tl.zeros((TILE,), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
         for g in tl.static_range(G):
             own = tl.sum(tl.where(tl.arange(0, G_PAD) == g, shift, 0.0))
-            x = tl.load(score + g * pitch + page, mask=page < pitch, other=float("-inf"))
+            x = tl.load(score + g * pitch + page, mask=page < high, other=float("-inf"))
             value += tl.exp2(x * LOG2E - own)
             peak = tl.maximum(peak, x)
         # their logarithms, of which the threshold is found in fewer steps
         value = tl.where(peak > float("-inf"), tl.log2(tl.maximum(value, 1e-37)), float("-inf"))
     else:
-        value = tl.load(score + page, mask=page < pitch, other=float("-inf"))
+        value = tl.load(score + page, mask=page < high, other=float("-inf"))
     return tl.where((page >= low) & (page < high), value, float("-inf"))
 
 
@@ -255,12 +262,37 @@ def _wanted(count, b, length, share, more, UNIT: tl.constexpr, QUOTA: tl.constex
 
 
 @triton.jit
+def _best(
+    view, row, best, wanted,
+    SHARED: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Write the best pages in ascending order, and return how many they are; ``row`` has room for what all count with,
+    where no tiles are held."""
+    score, shift, low, high, pitch = view
+    keys = ()
+    if TILES > 0:
+        for i in tl.static_range(TILES):
+            value = _values(score, shift, i * TILE, low, high, pitch, SHARED, G, G_PAD, TILE)
+            keys = keys + (keys_of(value, i * TILE + tl.arange(0, TILE) < high),)  # type: ignore[assignment]  # noqa: RUF005
+    else:
+        for from_page in range(0, high, TILE):
+            value = _values(score, shift, from_page, low, high, pitch, SHARED, G, G_PAD, TILE)
+            page = from_page + tl.arange(0, TILE)
+            tl.store(row + page, value, mask=page < high)
+        tl.debug_barrier()
+    least, tie, room, number = cut(keys, row, high, wanted, TILE, TILES)
+    write_chosen(keys, row, high, best, least, tie, room, TILE, TILES)
+    return number
+
+
+@triton.jit
 def _top(
     score, lse, values, best, rows, used, origin, start, length,
     count, share, more, heads, pitch, most, parts, lse_b, lse_head, lse_part,
-    UNIT: tl.constexpr, ORIGIN: tl.constexpr, QUOTA: tl.constexpr, SHARED: tl.constexpr,
+    LSE_PAGES: tl.constexpr, UNIT: tl.constexpr, ORIGIN: tl.constexpr, QUOTA: tl.constexpr, SHARED: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, PARTS: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, ROWS_TILE: tl.constexpr, CHAINED: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, FEW: tl.constexpr, FEW_TILES: tl.constexpr, ROWS_TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Pages, then rows, of one KV head or query head."""
     wait_for_previous(CHAINED)
@@ -268,30 +300,28 @@ def _top(
     b = tl.program_id(0) // heads
     first, begin, end = _limits(origin, start, length, b, ORIGIN)
     low = (begin - first) // UNIT
-    high = tl.where(begin < end, (end - first + UNIT - 1) // UNIT, low)
+    high = tl.minimum(tl.where(begin < end, (end - first + UNIT - 1) // UNIT, low), pitch)
     wanted = tl.minimum(_wanted(count, b, end - begin, share, more, UNIT, QUOTA), most)
     score += at * G * pitch
     if SHARED:
         lse += b.to(tl.int64) * lse_b + (tl.program_id(0) % heads) * G * lse_head
+        parts = tl.minimum(parts, (high + LSE_PAGES - 1) // LSE_PAGES)
         shift = _shifts(lse, parts, lse_head, lse_part, G, G_PAD, PARTS)
     else:
         shift = 0.0
-    keys = ()
-    if TILES > 0:
-        row = score
-        for i in tl.static_range(TILES):
-            value = _values(score, shift, i * TILE, low, high, pitch, SHARED, G, G_PAD, TILE)
-            keys = keys + (keys_of(value, i * TILE + tl.arange(0, TILE) < high),)  # type: ignore[assignment]  # noqa: RUF005
-    else:
+    row = score
+    if TILES == 0:
         row = values + at * pitch
-        for from_page in range(0, high, TILE):
-            value = _values(score, shift, from_page, low, high, pitch, SHARED, G, G_PAD, TILE)
-            page = from_page + tl.arange(0, TILE)
-            tl.store(row + page, value, mask=page < high)
-        tl.debug_barrier()
-    least, tie, room, number = cut(keys, row, high, wanted, TILE, TILES)
     best += at * most
-    write_chosen(keys, row, high, best, least, tie, room, TILE, TILES)
+    view = (score, shift, low, high, pitch)
+    if FEW == 0:
+        number = _best(view, row, best, wanted, SHARED, G, G_PAD, TILE, TILES)
+    elif high <= FEW:
+        number = _best(view, row, best, wanted, SHARED, G, G_PAD, FEW, 1)
+    elif high <= FEW * FEW_TILES:
+        number = _best(view, row, best, wanted, SHARED, G, G_PAD, FEW, FEW_TILES)
+    else:
+        number = _best(view, row, best, wanted, SHARED, G, G_PAD, TILE, TILES)
     tl.debug_barrier()  # other threads wrote the pages
     earliest = tl.load(best, mask=number > 0, other=0)
     latest = tl.load(best + number - 1, mask=number > 0, other=0)

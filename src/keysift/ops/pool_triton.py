@@ -126,41 +126,42 @@ def _match(
     low = place(begin, 32 * WORDS, PAGE)
     high = place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE)
     some = (begin < end) & (tl.program_id(0) * ENTRIES <= high) & ((tl.program_id(0) + 1) * ENTRIES > low)
-    pieces: tl.constexpr = WORDS // WIDE
-    lane = tl.arange(0, ENTRIES * LANES * pieces)  # the pieces of a plane side by side, then words of the pool
-    # lanes without an entry or a word of their own read another's, so that loads need no mask
-    entry = tl.minimum(tl.maximum(tl.program_id(0) * ENTRIES + lane // (LANES * pieces), low), high)
-    offset = entry_offset(entry, some, batch, k_head, table, table_stride, strides, PAGE) * WORDS
-    planes_at = planes + (offset + lane % pieces * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
-    codes += (pair_of * G).to(tl.int64) * POOL
-    none = tl.zeros([ENTRIES * LANES * pieces, WIDE], tl.int32)
-    once = (none,) * HEADS
-    twice = (none,) * HEADS
-    for turn in tl.range(0, tl.where(some, (POOL + LANES - 1) // LANES, 0)):
-        at = (turn * LANES + lane // pieces % LANES)[:, None]
-        without = 0 if POOL % LANES == 0 else tl.where(at < POOL, 0, -1)  # as if all keys differed
-        without_last = tl.where(at < LAST, 0, -1)
-        at = tl.minimum(at, POOL - 1)
-        plane = ()
-        for bit in tl.static_range(2 * PAIRS):
-            plane += (tl.load(planes_at + (bit * POOL + at) * WORDS),)  # type: ignore[assignment]
-        new_once = ()
-        new_twice = ()
+    if some:
+        pieces: tl.constexpr = WORDS // WIDE
+        lane = tl.arange(0, ENTRIES * LANES * pieces)  # the pieces of a plane side by side, then words of the pool
+        # lanes without an entry or a word of their own read another's, so that loads need no mask
+        entry = tl.minimum(tl.maximum(tl.program_id(0) * ENTRIES + lane // (LANES * pieces), low), high)
+        offset = entry_offset(entry, some, batch, k_head, table, table_stride, strides, PAGE) * WORDS
+        planes_at = planes + (offset + lane % pieces * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
+        of_group = codes + (pair_of * G).to(tl.int64) * POOL
+        none = tl.zeros([ENTRIES * LANES * pieces, WIDE], tl.int32)
+        once = (none,) * HEADS
+        twice = (none,) * HEADS
+        for turn in tl.range(0, (POOL + LANES - 1) // LANES):
+            at = (turn * LANES + lane // pieces % LANES)[:, None]
+            without = 0 if POOL % LANES == 0 else tl.where(at < POOL, 0, -1)  # as if all keys differed
+            without_last = tl.where(at < LAST, 0, -1)
+            at = tl.minimum(at, POOL - 1)
+            plane = ()
+            for bit in tl.static_range(2 * PAIRS):
+                plane += (tl.load(planes_at + (bit * POOL + at) * WORDS),)  # type: ignore[assignment]
+            new_once = ()
+            new_twice = ()
+            for g in tl.static_range(HEADS):
+                code = tl.load(of_group + tl.minimum(head + g, G - 1) * POOL + at)
+                one, two = _tables(plane, code, once[g], twice[g], without, without_last, BITS, MASKS, TABLES)
+                new_once += (one,)  # type: ignore[assignment]
+                new_twice += (two,)  # type: ignore[assignment]
+            once = new_once
+            twice = new_twice
+        entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+        to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        kept = (entry < entries)[:, None]
         for g in tl.static_range(HEADS):
-            code = tl.load(codes + tl.minimum(head + g, G - 1) * POOL + at)
-            one, two = _tables(plane, code, once[g], twice[g], without, without_last, BITS, MASKS, TABLES)
-            new_once += (one,)  # type: ignore[assignment]
-            new_twice += (two,)  # type: ignore[assignment]
-        once = new_once
-        twice = new_twice
-    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    kept = (entry < entries)[:, None] & some
-    for g in tl.static_range(HEADS):
-        one = tl.reshape(once[g], [ENTRIES, LANES, WORDS])
-        one, two = tl.reduce((one, tl.reshape(twice[g], [ENTRIES, LANES, WORDS])), 1, either)
-        row = (pair_of * G + head + g).to(tl.int64)
-        tl.store(parts + row * entries * WORDS + to, two, mask=kept & (head + g < G))
+            one = tl.reshape(once[g], [ENTRIES, LANES, WORDS])
+            one, two = tl.reduce((one, tl.reshape(twice[g], [ENTRIES, LANES, WORDS])), 1, either)
+            row = (pair_of * G + head + g).to(tl.int64)
+            tl.store(parts + row * entries * WORDS + to, two, mask=kept & (head + g < G))
 
 
 def collisions(codes_BHW: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | None, tables: int) -> Selection:
