@@ -11,10 +11,11 @@ from keysift.meter import Meter
 from keysift.methods import dense, parse
 from keysift.slots import Slots
 from keysift.types import KV, Ctx
-from keysift.vllm_plugin.batch import Batch, Batches
+from keysift.vllm_plugin.batch import Batch, Batches, round_lengths
 from keysift.vllm_plugin.layer import Layer, LayerAttention
 from keysift.vllm_plugin.options import Options
 from keysift.vllm_plugin.pages import PageLayout
+from keysift.vllm_plugin.warm_up import kinds, warm_up
 
 PAGE, HEADS, KV_HEADS, DIM, LONGEST = 128, 6, 2, 64, 1024
 SCALE = DIM**-0.5
@@ -294,3 +295,46 @@ def test_layers_with_a_window_of_their_own_stay_dense_in_it():
     kv = KV.of(world.k[0][None], world.v[0][None])
     wanted = path.prefill(world.q[0][None], kv, dense.Method(), Ctx(0, SCALE, torch.zeros(1)), Meter(), window=50)[0][0]
     torch.testing.assert_close(outs[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        ("flexprefill:dense_below=0", DECODES[2]),
+        ("flexprefill:dense_below=0", DECODES[4]),
+        ("minference", DECODES[6]),
+        ("xattention", DECODES[1]),
+        ("flashprefill", "dense"),
+        ("streaming", DECODES[3]),
+    ],
+)
+def test_warming_up_computes_every_kind_of_batch_and_leaves_pages_of_sequences_alone(prefill, decode):
+    world = World(prefill, decode, (300, 90), most=6)
+    world.batches.in_round_numbers = True  # as on GPUs
+    world.raw[0] = 0  # as vLLM makes its cache
+    rest = world.raw[1:].clone()
+    warm_up([(world.layer, world.cache, HEADS)], world.batches, 1500, 160, world.table)
+    assert torch.equal(world.raw[1:], rest) and world.batches.filled is None
+    outs, chunks = run(world, (280, 70), random.Random(3))
+    for b, prompt in enumerate((280, 70)):
+        wanted = world.expected(prefill, decode, b, prompt, chunks[b])
+        torch.testing.assert_close(outs[b], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_of_batches_are_powers_of_two_of_sequences_tokens_and_lengths():
+    world = World("dense", DECODES[2], (10,), most=6)
+    made = [*kinds(world.batches, rows=2000, longest=5000, most_tokens=1500, table=world.table)]
+    steps = {(batch.count, batch.steps.most) for _, batch in made if batch.steps is not None}
+    lengths = (1024, 2048, 4096, 5000)
+    assert steps == {(n, length) for n in (1, 2, 4, 6) for length in lengths if n == 1 or length < 2000}
+    chunks = {(batch.chunks[0].new, batch.chunks[0].end) for _, batch in made if batch.chunks}
+    ends = {513, 1023, 1024, 1025, 2047, 2048, 2049, 2501, 4095, 4096, 4999, 5000}
+    parts = {2**i for i in range(1, 11)}
+    wanted = {(min(new, end), end) for new in (*parts, 1500) for end in ends if new <= end or new in (1024, 1500)}
+    assert chunks == wanted
+    assert all(tokens == batch.count + sum(chunk.new for chunk in batch.chunks) for tokens, batch in made)
+
+
+@pytest.mark.parametrize(("longest", "lengths"), [(1000, [1000]), (1024, [1024]), (1025, [1024, 1025])])
+def test_lengths_are_rounded_up_to_powers_of_two_or_to_the_longest(longest, lengths):
+    assert [*round_lengths(longest)] == lengths

@@ -72,6 +72,7 @@ def test_options_of_vllms_may_begin_like_help(cli: Cli) -> None:
         (["--decode", "quest:keep=2"], ["keep=2"]),
         (["--decode", "snapkv"], ["'snapkv' cannot serve in vLLM", "signbits"]),
         (["--decode", "magicpig:match=tables"], ["match=tables", "match=bits"]),
+        (["--prefill", "flexprefill:mode=seed"], ["mode=seed", "in parts"]),
         (["--decode", "magicpig:mode=seed"], ["mode=seed"]),
         (["--decode", "flexprefill"], ["flexprefill", "prefill"]),
         (["--prefill", "flexprefil"], ["flexprefil", "flexprefill"]),

@@ -1,5 +1,6 @@
 """keysift's attention in vLLM's own engine: tokens of stock vLLM where it is dense, of ``keysift.LLM`` where sparse."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -58,6 +59,27 @@ def same(a, b):
     """How many tokens agree, counted up to where each answer first differs."""
     pairs = [[s == t for s, t in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True)]
     return sum((*pair, False).index(False) for pair in pairs)
+
+
+def test_where_kernels_are_compiled_that_is_before_the_first_request(monkeypatch, prompts):
+    """Here they are not; but what compiles them elsewhere is done, once, and changes no answer."""
+    methods, sizes = {"prefill": FLEX, "decode": QUEST}, {"max_model_len": 1500, "max_num_seqs": 4}
+    short = [ids[:1000] for ids in prompts]
+    with served(methods=methods, **sizes) as llm:
+        wanted = tokens(llm, short, NEW)
+    backend, longest = importlib.import_module("keysift.vllm_plugin.backend"), []
+    warm_up = backend.warm_up
+    monkeypatch.setattr(backend, "compiles", lambda device: True)
+    monkeypatch.setattr(backend, "warm_up", lambda *args: (longest.append(args[2]), warm_up(*args)))
+
+    def run_without_a_batch(worker):  # what workers for GPUs do when they start
+        worker.model_runner._dummy_run(16)
+
+    with served(methods=methods, **sizes) as llm:
+        llm.collective_rpc(run_without_a_batch)
+        assert longest == [1500]
+        assert tokens(llm, short, NEW) == wanted
+    assert longest == [1500]
 
 
 @pytest.mark.parametrize("budget", [4096, 256], ids=["whole prompts", "chunks beside steps"])

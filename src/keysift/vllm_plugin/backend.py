@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from keysift.attention import LIST_BYTES
-from keysift.vllm_plugin.batch import Batch, Batches
+from keysift.vllm_plugin.batch import Batch, Batches, round_lengths
 from keysift.vllm_plugin.layer import DENSE, Layer, LayerAttention, method_of
 from keysift.vllm_plugin.options import BLOCK_SIZE, Options, options_of
 from keysift.vllm_plugin.pages import PageLayout
 from keysift.vllm_plugin.versions import enlarge_page, flash_attention, layouts, names
+from keysift.vllm_plugin.warm_up import Layers, rehearse, warm_up
 
 vllm = names()
 WORKSPACE = 2 * LIST_BYTES  # of a sparse prefill, which the profiling run must see
@@ -102,6 +103,8 @@ class Builder(vllm.Builder):  # type: ignore[name-defined]
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.longest = int(vllm_config.model_config.max_model_len)
+        self.most_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
+        self.device, self._is_warm = device, not compiles(device)
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most = max(vllm_config.scheduler_config.max_num_seqs, captured)
         self.batches = Batches(layout_of(options_of(vllm_config), kv_cache_spec), most, device)
@@ -109,9 +112,11 @@ class Builder(vllm.Builder):  # type: ignore[name-defined]
         self.layers = [layers[name] for name in layer_names]
         for layer in self.layers:  # what cannot be computed is refused before anybody asks for it
             layer.impl.attention(layer)
+            layer.impl.builder = self
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
         """A batch; side data of first pages that the steps of the last one have filled are made now."""
+        self.warm_up(common_attn_metadata.block_table_tensor)
         filled, self.batches.filled = self.batches.filled, None
         if filled is not None:
             for layer in self.layers:
@@ -120,20 +125,46 @@ class Builder(vllm.Builder):  # type: ignore[name-defined]
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Batch:
         """Steps that are replayed at any length."""
-        batch = common_attn_metadata
-        return Batch(batch.num_reqs, self.batches.steps(batch.seq_lens, batch.block_table_tensor, self.longest), [])
+        count, lengths, table = (
+            getattr(common_attn_metadata, x) for x in ("num_reqs", "seq_lens", "block_table_tensor")
+        )
+        self.warm_up(table)
+        batch = Batch(count, self.batches.steps(lengths, table, self.longest), [])
+        if compiles(self.device):  # nothing can be compiled within a graph
+            rehearse(self._kinds(), batch, count)
+        return batch
+
+    def warm_up(self, table: Tensor | None = None) -> None:
+        """Compile kernels, the first time that it is called: when there is a cache, and nobody waits."""
+        if not self._is_warm:
+            self._is_warm = True
+            if table is None:
+                columns = -(-self.longest // self.batches.layout.page)
+                table = torch.zeros(1, columns, dtype=torch.int32, device=self.device)
+            warm_up(self._kinds(), self.batches, self.longest, self.most_tokens, table)
+
+    def _kinds(self) -> Layers:
+        each = {layer.impl.attention(layer).reads_all: layer for layer in self.layers}
+        return [(layer.impl.attention(layer), layer.kv_cache, layer.num_heads) for layer in each.values()]
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether kernels are compiled when they are needed."""
+    return device.type == "cuda"
 
 
 def batch_of(batches: Batches, common: Any, longest: int) -> Batch:
     """A batch as vLLM tells of it, of sequences of at most ``longest`` tokens.
 
-    On a GPU that is what kernels are promised, as where they are captured: other promises would be other kernels.
+    On a GPU kernels are told round lengths: others would be other kernels.
     """
     ends = common.seq_lens_cpu_upper_bound  # exact where a sequence has more than one new token
     ends = (common.seq_lens.cpu() if ends is None else ends)[: common.num_reqs].tolist()
     starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
     lengths, table = common.seq_lens[: common.num_reqs], common.block_table_tensor
-    most = longest if lengths.is_cuda else int(common.max_seq_len)
+    most = int(common.max_seq_len)
+    if lengths.is_cuda:
+        most = next((length for length in round_lengths(longest) if length >= most), longest)
     return batches.batch(starts, ends, lengths, table, most, common.is_prefilling)
 
 
@@ -166,6 +197,7 @@ class Impl(vllm.Impl):  # type: ignore[name-defined]
         self._config = vllm.current_config()
         self.options = options_of(self._config)
         self._attention: LayerAttention | None = None
+        self.builder: Builder | None = None  # once there is one
 
     def attention(self, layer: Any) -> LayerAttention:
         """What computes it."""
@@ -195,8 +227,10 @@ class Impl(vllm.Impl):  # type: ignore[name-defined]
         """Attention of a batch, query ``[T, H, D]``, whose keys are in the cache; writes ``output``, ``[T, H, Dv]``."""
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("keysift's attention does not quantise its output: turn fused output quantisation off")
-        if attn_metadata is None:  # a profiling run, which must see the memory that a long prompt takes
-            if query.is_cuda and self.options.prefill != DENSE:
+        if attn_metadata is None:  # nobody waits for this
+            if kv_cache.numel() and self.builder is not None:
+                self.builder.warm_up()
+            elif query.is_cuda and self.options.prefill != DENSE:  # profiling must see what a long prompt takes
                 torch.empty(WORKSPACE, dtype=torch.uint8, device=query.device)
             return output.fill_(0)
         self.attention(layer).attend(query, kv_cache, attn_metadata, output)

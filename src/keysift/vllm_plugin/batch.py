@@ -8,7 +8,7 @@ prompts or parts of them, are read one by one, as the host knows their lengths.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from keysift.ops.crossover import dense_below_bytes
 from keysift.ops.rows import part_bounds
 from keysift.types import KV, Ctx, Decode, Index
 from keysift.vllm_plugin.pages import PageLayout, Pages
+
+SHORTEST = 1024  # tokens; shorter sequences are one kind
 
 
 class Steps(NamedTuple):
@@ -140,12 +142,13 @@ class Batches:
     """Makes batches for layers whose pages are counted together.
 
     Attributes:
+        most_sequences: that a batch may have.
         in_round_numbers: whether steps are always those of a power of two of sequences, as far as there is room.
         filled: what the last batch has filled, which was of steps alone and may have been a graph; None if nothing.
     """
 
     def __init__(self, layout: PageLayout, most_sequences: int, device: torch.device) -> None:
-        self.layout, self.device = layout, device
+        self.layout, self.device, self.most_sequences = layout, device, most_sequences
         self.in_round_numbers = device.type == "cuda"
         self._fixed = torch.zeros(8, most_sequences, dtype=torch.int64, device=device)
         self.filled: Filled | None = None
@@ -178,16 +181,15 @@ class Batches:
         filled = Filled(table[full, :1].clone(), []) if full else None
         if filled is not None and not chunks:
             late = [i for i in range(count) if ends[i] > page and (prefilling is None or prefilling[i])]
-            own = table[late].clone()  # vLLM changes it for the next batch
-            filled.sharers = [self._chunk(own, j, i, i + 1, ends[i]) for j, i in enumerate(late)]
+            filled.sharers = [self._chunk(table, i, i, i + 1, ends[i]) for i in late]
             self.filled, filled = filled, None
         return Batch(count, steps, chunks, filled)
 
     def _padded(self, lengths: Tensor, table: Tensor, longest: int, prefilling: Tensor | None) -> Steps:
         """Steps of a round number of sequences, on a GPU: more of no length do not matter, and another number may mean
         other kernels, to be compiled while somebody waits."""
-        more = (1 << (len(lengths) - 1).bit_length()) - len(lengths) if self.in_round_numbers else 0
-        if more and len(lengths) + more <= self._fixed.shape[1]:
+        count = min(self.most_sequences, 1 << (len(lengths) - 1).bit_length()) if self.in_round_numbers else 0
+        if (more := count - len(lengths)) > 0:
             prefilling = None if prefilling is None else prefilling[: len(lengths)]
             lengths, table = pad(lengths, (0, more)), pad(table, (0, 0, 0, more))
         return self.steps(lengths, table, longest, prefilling)
@@ -225,4 +227,14 @@ class Batches:
         numbers = torch.tensor([0, end, done], dtype=torch.int64).to(self.device, non_blocking=True)
         query_start = torch.tensor([0, new], dtype=torch.int32).to(self.device, non_blocking=True)
         start, length, missing = numbers[:1], numbers[1:2], numbers[2:]
-        return Chunk(slice(first, last), end, new, table[i : i + 1], start, length, missing, end - done, query_start)
+        pages = table[i : i + 1].clone()  # vLLM changes its own; and rows of a table are not all aligned, as this is
+        return Chunk(slice(first, last), end, new, pages, start, length, missing, end - done, query_start)
+
+
+def round_lengths(longest: int) -> Iterator[int]:
+    """What kernels are told of the length of sequences that have up to ``longest`` tokens: powers of two, and that."""
+    length = SHORTEST
+    while length < longest:
+        yield length
+        length *= 2
+    yield longest

@@ -108,7 +108,12 @@ class LayerAttention:
             self._keep(pages, chunk)
 
     def _keeps(self, pages: Pages) -> bool:
-        return bool(pages.sides) and self.layer.number not in self.method.dense_layers
+        return bool(pages.sides) and not self.reads_all
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether steps read all keys in this layer, however many."""
+        return self.method == DENSE or self.layer.number in self.method.dense_layers
 
     def _index(self, pages: Pages, table: Tensor) -> Index:
         """What the method keeps, of sequences with these pages."""
@@ -136,7 +141,7 @@ class LayerAttention:
     def _step(self, q: Tensor, pages: Pages, steps: Steps) -> Tensor:
         """Attention of one new token of each sequence."""
         kv, ctx, method = steps.view(pages), self._ctx(steps.positions, pages.page), self._always
-        if method == DENSE or self.layer.number in method.dense_layers:
+        if self.reads_all:
             return dense_attention(q[:, None], kv, self.layer.scale, self.layer.window)[:, 0]
         index = self._index(pages, steps.table)
         if pages.sides:

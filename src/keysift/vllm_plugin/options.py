@@ -48,7 +48,7 @@ class Options:
                 raise ValueError(f"{name}={section[name]!r}: write a SPEC, such as flexprefill:gamma=0.95")
         check_seed(section.get("seed", 0))
         options = cls(
-            parse(section.get("prefill", "dense"), "prefill"),
+            prefill_of(section.get("prefill", "dense")),
             parse(section.get("decode", "dense"), "decode"),
             section.get("seed", 0),
         )
@@ -73,6 +73,18 @@ class Options:
             ValueError: a method that cannot serve keys of this head dim.
         """
         return math.lcm(16, *(side.unit for side in self.decode.sides(head_dim, torch.bfloat16).values()))
+
+
+def prefill_of(spec: str) -> Any:
+    """The method that reads prompts.
+
+    Raises:
+        ValueError: no such method, or one that cannot read a prompt in parts.
+    """
+    method = parse(spec, "prefill")
+    if getattr(method, "mode", "default") == "seed":
+        raise ValueError("flexprefill: mode=seed reads prompts whole, vLLM hands them over in parts: use the default")
+    return method
 
 
 def options_of(vllm_config: Any) -> Options:

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from keysift.methods import parse
 from keysift.vllm_plugin.batch import Batches
-from keysift.vllm_plugin.layer import LayerAttention
-from keysift.vllm_plugin.options import Options, check_engine
+from keysift.vllm_plugin.layer import DENSE, LayerAttention
+from keysift.vllm_plugin.options import Options, check_engine, prefill_of
 from keysift.vllm_plugin.pages import PageLayout, Pages
 from keysift.vllm_plugin.versions import flash_attention, names, unsupported
 
@@ -32,7 +31,7 @@ class PatchedEngine:
         """
         if reason := unsupported():
             raise ValueError(reason)
-        parse(spec, "prefill")
+        prefill_of(spec)
         self._engine, self._spec = engine, spec
         self._use(spec)
 
@@ -88,7 +87,7 @@ def use_prefill(worker: Any, spec: str | None) -> str:
             layer.impl = impls[name]
         else:
             attention = layer.impl.attention(layer)
-            attention.prefill = layer.impl.options.prefill if spec is None else parse(spec, "prefill")
+            attention.prefill = layer.impl.options.prefill if spec is None else prefill_of(spec)
     return ""
 
 
@@ -106,7 +105,7 @@ def _patched(vllm_config: Any, name: str, layer: Any, stock: Any, spec: str) -> 
         attn_type=layer.attn_type,
         others={"sinks": getattr(stock, "sinks", None)},
     )
-    options = Options(parse(spec, "prefill"), parse("dense", "decode"))
+    options = Options(prefill_of(spec), DENSE)
     return Patched(stock, layer_of(vllm_config, name, stock.scale, layer), options, layer.kv_cache)
 
 

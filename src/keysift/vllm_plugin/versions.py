@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-SUPPORTED = ("0.26.0", "0.32.0")  # each was tested: the first on GPUs, the last on CPUs too
+SUPPORTED = ("0.26.0", "0.32.0")  # tested: the first on GPUs, the last on CPUs
 
 
 def unsupported() -> str | None:
