@@ -264,16 +264,12 @@ def test_the_bound_of_a_step_says_nothing_of_what_is_chosen(bound, per):
     k = torch.zeros(len(lengths), 1, 2, 16, device=DEVICE)
     kv = KV(k, k, torch.zeros_like(lengths).to(DEVICE), lengths.to(DEVICE), most=bound)
     score = torch.randn(len(lengths), 4, bound, generator=generator(3)).to(DEVICE)
-    behind = torch.arange(bound, device=DEVICE) >= kv.length[:, None]
-    expected = pages.top_pages_reference(
-        score.masked_fill(behind[:, None], -INF), kv, 1, lengths.to(DEVICE) // 3 + 1, 700, per
-    )
-    lse = pages._lse(score.masked_fill(behind[:, None], -INF))
-    poisoned = score.masked_fill(behind[:, None], torch.nan)
+    behind = (torch.arange(bound, device=DEVICE) >= kv.length[:, None])[:, None]
+    specified, poisoned = score.masked_fill(behind, -INF), score.masked_fill(behind, torch.nan)
+    count, lse = kv.length // 3 + 1, pages._lse(specified)
+    expected = pages.top_pages_reference(specified, kv, 1, count, 700, per)
     lse[lse.isneginf()] = torch.nan
-    assert rows_of(kernels.top(poisoned, kv, 1, lengths.to(DEVICE) // 3 + 1, 700, per == "kv_head", lse)) == rows_of(
-        expected
-    )
+    assert rows_of(kernels.top(poisoned, kv, 1, count, 700, per == "kv_head", lse)) == rows_of(expected)
 
 
 @pytest.mark.parametrize("per", pages.PER)

@@ -12,6 +12,8 @@ from torch import Tensor
 from keysift.types import BlockMask
 
 MIN_TILE, MAX_TILE = 128, 2048  # columns that a program compacts at a time
+# numbers that differ from prompt to prompt: not each kind of them may mean a kernel of its own
+OF_A_PROMPT = ["stride_b", "stride_h", "stride_q", "rows", "columns", "width", "first"]
 
 
 def compact(active: Tensor, block: int, first: int) -> BlockMask:
@@ -34,10 +36,7 @@ def compact(active: Tensor, block: int, first: int) -> BlockMask:
     return mask
 
 
-OF_A_PROMPT = ["stride_b", "stride_h", "stride_q", "rows", "columns", "width", "first"]
-
-
-@triton.jit(do_not_specialize=OF_A_PROMPT)  # or not a few of them would be kernels of their own
+@triton.jit(do_not_specialize=OF_A_PROMPT)
 def _compact(
     active_ptr, stride_b, stride_h, stride_q, stride_c,
     partial_count_ptr, partial_index_ptr, full_count_ptr, full_index_ptr,

@@ -125,13 +125,11 @@ class Builder(vllm.Builder):  # type: ignore[name-defined]
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Batch:
         """Steps that are replayed at any length."""
-        count, lengths, table = (
-            getattr(common_attn_metadata, x) for x in ("num_reqs", "seq_lens", "block_table_tensor")
-        )
+        common, table = common_attn_metadata, common_attn_metadata.block_table_tensor
         self.warm_up(table)
-        batch = Batch(count, self.batches.steps(lengths, table, self.longest), [])
+        batch = Batch(common.num_reqs, self.batches.steps(common.seq_lens, table, self.longest), [])
         if compiles(self.device):  # nothing can be compiled within a graph
-            rehearse(self._kinds(), batch, count)
+            rehearse(self._kinds(), batch, batch.count)
         return batch
 
     def warm_up(self, table: Tensor | None = None) -> None:
