@@ -76,6 +76,16 @@ def entry_offset(entry, seen, b, k_head, table, table_stride, strides, PAGE: tl.
 
 
 @triton.jit
+def entries_here(b, start, length, origin, ENTRIES: tl.constexpr, PAGE: tl.constexpr):
+    """First and last entry of a sequence's view, and whether one of them is this program's to match."""
+    begin, end, _ = span(b, start, length, origin, True)
+    low = place(begin, 32 * WORDS, PAGE)
+    high = place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE)
+    mine = tl.program_id(0) * ENTRIES
+    return low, high, (begin < end) & (mine <= high) & (mine + ENTRIES > low)
+
+
+@triton.jit
 def _bits_between(low, high):
     """A word whose bits ``low .. high - 1`` are set, of what lies in 0 .. 31."""
     one = (low * 0 + 1).to(tl.int64)
@@ -115,10 +125,7 @@ def _match(
     wait_for_previous(CHAINED)
     b, k_head = tl.program_id(1) // K, tl.program_id(1) % K
     split = tl.program_id(2)
-    begin, end, _ = span(b, start, length, origin, True)
-    low = place(begin, 32 * WORDS, PAGE)
-    high = place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE)
-    some = (begin < end) & (tl.program_id(0) * ENTRIES <= high) & ((tl.program_id(0) + 1) * ENTRIES > low)
+    low, high, some = entries_here(b, start, length, origin, ENTRIES, PAGE)
     if some:
         lane = tl.arange(0, ENTRIES * TABLES)  # tables of an entry side by side
         # lanes without an entry or a table of their own read another's, so that loads need no mask
@@ -192,28 +199,27 @@ def _list(
     begin, end, zero = span(bh // H, start, length, origin, True)
     low = place(begin, 32 * WORDS, PAGE) * WORDS
     high = (place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE) + 1) * WORDS
-    high = tl.minimum(tl.where(begin < end, high, low), entries * WORDS)
+    high = tl.where(begin < end, tl.minimum(high, entries * WORDS), 0)
     mine = tl.program_id(0) * TILE
-    if low < high:
-        if mine < high:
-            number = tl.zeros([BEFORE], tl.int32)
-            for some in range(low // BEFORE * BEFORE, mine, BEFORE):
-                at = some + tl.arange(0, BEFORE)
-                word, _ = _collided(parts, bh, at, (at >= low) & (at < mine), begin, end, entries, PAGE, SPLITS)
-                number += _ones(word)
-            listed = tl.sum(number)
-            at = mine + tl.arange(0, TILE)
-            word, token = _collided(parts, bh, at, (at >= low) & (at < high), begin, end, entries, PAGE, SPLITS)
-            number = _ones(word)
-            slot = listed + tl.cumsum(number, 0) - number
-            rows += bh.to(tl.int64) * width
-            for _ in range(tl.max(number)):
-                lowest = word & -word
-                tl.store(rows + slot, zero + token + _ones(lowest - 1), mask=word != 0)
-                slot += 1
-                word ^= lowest
-            if mine + TILE >= high:
-                tl.store(count + bh, listed + tl.sum(number))
+    if mine < high:
+        number = tl.zeros([BEFORE], tl.int32)
+        for some in range(low // BEFORE * BEFORE, mine, BEFORE):
+            at = some + tl.arange(0, BEFORE)
+            word, _ = _collided(parts, bh, at, (at >= low) & (at < mine), begin, end, entries, PAGE, SPLITS)
+            number += _ones(word)
+        listed = tl.sum(number)
+        at = mine + tl.arange(0, TILE)
+        word, token = _collided(parts, bh, at, (at >= low) & (at < high), begin, end, entries, PAGE, SPLITS)
+        number = _ones(word)
+        slot = listed + tl.cumsum(number, 0) - number
+        rows += bh.to(tl.int64) * width
+        for _ in range(tl.max(number)):
+            lowest = word & -word
+            tl.store(rows + slot, zero + token + _ones(lowest - 1), mask=word != 0)
+            slot += 1
+            word ^= lowest
+        if mine + TILE >= high:
+            tl.store(count + bh, listed + tl.sum(number))
     elif mine == 0:
         tl.store(count + bh, 0)
 

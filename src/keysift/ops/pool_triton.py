@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keysift.ops import codes_triton, pool
 from keysift.ops.chain_triton import chained, wait_for_previous
-from keysift.ops.codes_triton import INTERPRET, WORDS, either, entry_offset, place, span
+from keysift.ops.codes_triton import INTERPRET, WORDS, either, entries_here, entry_offset
 from keysift.types import KV, Law, Selection
 
 PAIRS = tl.constexpr(pool.PAIRS)
@@ -122,10 +122,7 @@ def _match(
     pair_of = tl.program_id(1) // groups
     head = tl.program_id(1) % groups * HEADS
     batch, k_head = pair_of // K, pair_of % K
-    begin, end, _ = span(batch, start, length, origin, True)
-    low = place(begin, 32 * WORDS, PAGE)
-    high = place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE)
-    some = (begin < end) & (tl.program_id(0) * ENTRIES <= high) & ((tl.program_id(0) + 1) * ENTRIES > low)
+    low, high, some = entries_here(batch, start, length, origin, ENTRIES, PAGE)
     if some:
         pieces: tl.constexpr = WORDS // WIDE
         lane = tl.arange(0, ENTRIES * LANES * pieces)  # the pieces of a plane side by side, then words of the pool

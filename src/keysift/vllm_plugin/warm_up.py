@@ -58,13 +58,15 @@ def kinds(batches: Batches, rows: int, longest: int, most_tokens: int, table: Te
     """A batch of each kind, and how many new tokens it has; ``rows`` is how many the cache has."""
     lengths = [*round_lengths(longest)]
     most = min(batches.most_sequences, most_tokens)
+    columns = max(table.shape[1], -(-longest // batches.layout.page))
+    pages = table.new_zeros(most, max(table.stride(0), columns))[:, :columns]
     for length, count in itertools.product(lengths, powers(most)):
         if length + count - 1 <= rows and count * length <= MOST_TOKENS or count == 1:  # one may be much the longest
-            yield count, _batch(batches, [1] * count, length, length, table)
+            yield count, _batch(batches, [1] * count, length, length, pages)
     for end in sorted({end for length in lengths for end in (length // 2 + 1, length - 1, length)}):
         for new in powers(min(end, most_tokens)):
             if new > 1:
-                yield new, _batch(batches, [new], end, longest, table)
+                yield new, _batch(batches, [new], end, longest, pages)
 
 
 def powers(most: int) -> Iterator[int]:
@@ -73,9 +75,7 @@ def powers(most: int) -> Iterator[int]:
     yield most
 
 
-def _batch(batches: Batches, new: list[int], length: int, longest: int, table: Tensor) -> Batch:
-    """A batch of sequences of one length, all of whose pages are the first."""
-    count, columns = len(new), max(table.shape[1], -(-longest // batches.layout.page))
-    lengths = torch.full((count,), length, dtype=torch.int32, device=table.device)
-    pages = table.new_zeros(count, max(table.stride(0), columns))[:, :columns]
-    return batches.batch([0, *itertools.accumulate(new)], [length] * count, lengths, pages, longest)
+def _batch(batches: Batches, new: list[int], length: int, longest: int, pages: Tensor) -> Batch:
+    """A batch of sequences of one length, which have the first rows of a table."""
+    lengths = torch.full((len(new),), length, dtype=torch.int32, device=pages.device)
+    return batches.batch([0, *itertools.accumulate(new)], [length] * len(new), lengths, pages[: len(new)], longest)
