@@ -50,6 +50,13 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def poisoned_empty(*size: int, dtype: torch.dtype, device: Any) -> Tensor:
+    """In the place of ``torch.empty``: whoever reads what nobody wrote finds what he would not expect."""
+    return torch.full(
+        size, torch.nan if dtype.is_floating_point else -7 if dtype.is_signed else 1, dtype=dtype, device=device
+    )
+
+
 def structured_qkv(
     tokens: int, heads: int = 4, kv_heads: int = 2, dim: int = 32, batch: int = 1, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from keysift.methods import magicpig, parse
 from keysift.ops import codes, pool
 from keysift.types import KV, Ctx, Law
 from tests.devices import CUDA, DEVICE, INTERPRETED, ON_GPU
-from tests.helpers import codes_in_common, generator, structured_qkv
+from tests.helpers import codes_in_common, generator, poisoned_empty, structured_qkv
 
 
 def _kernels():
@@ -338,6 +338,25 @@ POOLS = [  # of Case.tables words; and K and L
     (Case(((44, 100), (104, 163)), bits=32, tables=1, kv_heads=2, origin=(40, 33)), 6, 2),
     (Case(((4, 70),), bits=32, tables=16, group=4, page=256, dim=128), 10, 150),
 ]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("programs", [1, 9])
+def test_few_programs_go_through_all_that_a_view_has_and_none_reads_what_no_other_wrote(monkeypatch, programs, pooled):
+    """A bound that allows for far more changes nothing."""
+    kernels, of_pool = _kernels(), _pool_kernels()
+    for name, size in (("MOST_PROGRAMS", programs), ("WORD_TILE", 16), ("WORDS_BEFORE", 32), ("ENTRIES", 2)):
+        monkeypatch.setattr(kernels, name, size)
+    monkeypatch.setattr(of_pool, "ENTRIES", 1)
+    case = Case(((70, 1300), (1100, 1200), (9, 9)), bits=32 if pooled else 2, tables=8, page=64 if pooled else 0)
+    bits, tables = (4, [16]) if pooled else (2, [])
+    p = problem(case, rows=4000)
+    hash_all(Reference, case, p)
+    query = codes.hash_query_reference(p.q, p.w, case.bits)
+    expected = listed(codes.collisions_reference(query, p.planes, p.kv, bits, None, *tables))
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    found = (of_pool if pooled else kernels).collisions(query, p.planes, p.kv, bits, None, *tables)
+    assert listed(found) == expected and len(expected[0]) > 20
 
 
 def expected_of_pool(case, p, bits, tables):

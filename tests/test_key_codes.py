@@ -15,7 +15,7 @@ from keysift.ops.key_codes import BLOCK, LOG2E
 from keysift.ops.pages import Quota
 from keysift.types import KV
 from tests.devices import CUDA, DEVICES
-from tests.helpers import generator
+from tests.helpers import generator, poisoned_empty
 
 pytest.importorskip("triton", reason="triton is not installed")
 kernels = importlib.import_module("keysift.ops.key_codes_triton")
@@ -426,6 +426,24 @@ def test_draws_of_a_batch_are_those_of_each_sequence_wherever_its_rows_lie(devic
         alone = x._replace(kv=kv, q=x.q[b : b + 1], mean=x.mean[b : b + 1])
         out = lists_of(drawn(alone, Quota(keys=20), RULES[0], side=side, positions=POSITIONS[b:]))
         assert out == [{row + shift: w for row, w in found.items()} for found in together[2 * b : 2 * b + 2]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", [RULES[0], *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])])
+def test_few_programs_draw_what_many_do_however_much_a_bound_allows_for(monkeypatch, rule, device):
+    """... and none reads what no other wrote."""
+    x = world(Case(((270, 800), (900, 900)), dim=16, group=2, page=128), device)
+    side = hashed(x)
+    expected = drawn(x, Quota(share=0.2), rule, 130, side=side)
+    for name, most in (("MOST_TAKING", 1), ("MOST_CLOSING", 1), ("CLOSED_TILE", 32)):
+        monkeypatch.setattr(sampling, name, most)
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    table = torch.nn.functional.pad(x.kv.table, (0, 20), value=10**6)
+    found = drawn(
+        x._replace(kv=x.kv._replace(table=table, spans=None, most=2500)), Quota(share=0.2), rule, 130, side=side
+    )
+    assert lists_of(found) == lists_of(expected) and found.selection.count[0].min() > 50
+    assert torch.equal(found.expected, expected.expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

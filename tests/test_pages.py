@@ -12,7 +12,7 @@ from keysift.ops import pages
 from keysift.ops.pages import Quota
 from keysift.types import KV, Ctx
 from tests.devices import ANYWHERE, DEVICE, ON_GPU, QUIET
-from tests.helpers import generator
+from tests.helpers import generator, poisoned_empty
 
 pytest.importorskip("triton", reason="triton is not installed")
 kernels = importlib.import_module("keysift.ops.pages_triton")
@@ -244,12 +244,9 @@ def test_what_no_kernel_has_written_none_reads(monkeypatch, programs, per):
     case = Case(((0, 3, 300), (0, 130, 140), (5, 5, 5), (1, 150, 255)), 2, paged=32, group=2)
     *_, expected, _ = scored(case, "reference")
 
-    def poisoned(*size, dtype, device):
-        return torch.full(size, torch.nan if dtype.is_floating_point else -7, dtype=dtype, device=device)
-
     monkeypatch.setattr(kernels, "SCORE_PROGRAMS", programs)
     q, kv, bounds, *_ = scored(case, "kernel")
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
     score, lse = kernels.scores(q, bounds, kv, 2, 0.3)
     count = torch.tensor([40, 40, 40, 7], device=DEVICE)
     found = rows_of(kernels.top(score, kv, 2, count, 40, per == "kv_head", lse))

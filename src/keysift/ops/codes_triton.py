@@ -24,6 +24,7 @@ TABLES = 8  # compared at a time: 8 lanes read 128 bytes in a row
 STAGES = 3  # of the pipeline that brings them
 PROGRAMS = 512  # fill a large GPU; where there are fewer they split the tables
 MAX_SPLITS = 8
+MOST_PROGRAMS = 32768  # more than what fits into a large GPU's memory has parts
 WORD_TILE = 512  # words that a program lists
 WORDS_BEFORE = 2048  # and of those before them, which it counts, at a time
 GROUPS = 4  # words of 32 tokens that a program hashes together; of fp32 keys, which take twice the room, half as many
@@ -76,13 +77,13 @@ def entry_offset(entry, seen, b, k_head, table, table_stride, strides, PAGE: tl.
 
 
 @triton.jit
-def entries_here(b, start, length, origin, ENTRIES: tl.constexpr, PAGE: tl.constexpr):
-    """First and last entry of a sequence's view, and whether one of them is this program's to match."""
+def parts_of(b, start, length, origin, ENTRIES: tl.constexpr, PAGE: tl.constexpr):
+    """First and last entry of a sequence's view, the first part of ``ENTRIES`` that this program matches, and one past
+    the last that any does."""
     begin, end, _ = span(b, start, length, origin, True)
     low = place(begin, 32 * WORDS, PAGE)
     high = place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE)
-    mine = tl.program_id(0) * ENTRIES
-    return low, high, (begin < end) & (mine <= high) & (mine + ENTRIES > low)
+    return low, high, low // ENTRIES + tl.program_id(0), tl.where(begin < end, high // ENTRIES + 1, 0)
 
 
 @triton.jit
@@ -125,12 +126,12 @@ def _match(
     wait_for_previous(CHAINED)
     b, k_head = tl.program_id(1) // K, tl.program_id(1) % K
     split = tl.program_id(2)
-    low, high, some = entries_here(b, start, length, origin, ENTRIES, PAGE)
-    if some:
+    low, high, first, stop = parts_of(b, start, length, origin, ENTRIES, PAGE)
+    for part in range(first, stop, tl.num_programs(0)):
         lane = tl.arange(0, ENTRIES * TABLES)  # tables of an entry side by side
         # lanes without an entry or a table of their own read another's, so that loads need no mask
-        entry = tl.minimum(tl.maximum(tl.program_id(0) * ENTRIES + lane // TABLES, low), high)
-        offset = entry_offset(entry, some, b, k_head, table, table_stride, strides, PAGE) * WORDS
+        entry = tl.minimum(tl.maximum(part * ENTRIES + lane // TABLES, low), high)
+        offset = entry_offset(entry, True, b, k_head, table, table_stride, strides, PAGE) * WORDS
         planes_at = planes + offset[:, None] + tl.arange(0, WORDS)[None, :]
         of_group = codes + (tl.program_id(1) * G).to(tl.int64) * L
         none = tl.zeros([ENTRIES * TABLES, WORDS], tl.int32)
@@ -156,7 +157,7 @@ def _match(
                 new_once += (once[g] | ~differs,)  # type: ignore[assignment]
             once = new_once
             twice = new_twice
-        entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+        entry = part * ENTRIES + tl.arange(0, ENTRIES)
         to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         kept = (entry < entries)[:, None]
         for g in tl.static_range(G):
@@ -200,8 +201,10 @@ def _list(
     low = place(begin, 32 * WORDS, PAGE) * WORDS
     high = (place(tl.maximum(end - 1, 0), 32 * WORDS, PAGE) + 1) * WORDS
     high = tl.where(begin < end, tl.minimum(high, entries * WORDS), 0)
-    mine = tl.program_id(0) * TILE
-    if mine < high:
+    if (high == 0) & (tl.program_id(0) == 0):
+        tl.store(count + bh, 0)
+    rows += bh.to(tl.int64) * width
+    for mine in range(tl.program_id(0) * TILE, high, tl.num_programs(0) * TILE):
         number = tl.zeros([BEFORE], tl.int32)
         for some in range(low // BEFORE * BEFORE, mine, BEFORE):
             at = some + tl.arange(0, BEFORE)
@@ -212,7 +215,6 @@ def _list(
         word, token = _collided(parts, bh, at, (at >= low) & (at < high), begin, end, entries, PAGE, SPLITS)
         number = _ones(word)
         slot = listed + tl.cumsum(number, 0) - number
-        rows += bh.to(tl.int64) * width
         for _ in range(tl.max(number)):
             lowest = word & -word
             tl.store(rows + slot, zero + token + _ones(lowest - 1), mask=word != 0)
@@ -220,8 +222,6 @@ def _list(
             word ^= lowest
         if mine + TILE >= high:
             tl.store(count + bh, listed + tl.sum(number))
-    elif mine == 0:
-        tl.store(count + bh, 0)
 
 
 def collisions(codes_BHL: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | None) -> Selection:
@@ -236,7 +236,7 @@ def collisions(codes_BHL: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | 
     parts = torch.empty(rows, entries * codes.WORDS, dtype=torch.int32, device=planes.device)
     if parts.numel():
         with torch.cuda.device_of(planes):
-            _match[(blocks, batch * kv_heads, splits)](
+            _match[(programs(blocks, batch * kv_heads * splits), batch * kv_heads, splits)](
                 *(codes_BHL, planes, parts, kv.table, kv.start, kv.length, kv.origin),
                 *(0 if kv.table is None else kv.table.stride(0), entry_strides(planes), entries),
                 K=kv_heads, G=heads // kv_heads, L=tables, BITS=bits, ENTRIES=ENTRIES, TABLES=TABLES,
@@ -253,12 +253,18 @@ def listed(parts: Tensor, kv: KV, batch: int, heads: int, splits: int, law: Law 
         return Selection(rows, torch.zeros(batch, heads, dtype=torch.int32, device=device), law)
     count = torch.empty(batch, heads, dtype=torch.int32, device=device)
     with torch.cuda.device_of(parts):
-        _list[(-(-parts.shape[1] // WORD_TILE), batch * heads)](
+        _list[(programs(-(-parts.shape[1] // WORD_TILE), batch * heads), batch * heads)](
             *(parts, rows, count, kv.start, kv.length, kv.origin, parts.shape[1] // codes.WORDS, kv.bound),
             H=heads, PAGE=page_of(kv), SPLITS=splits, TILE=WORD_TILE, BEFORE=WORDS_BEFORE, num_warps=4,
             **chained(parts),
         )  # fmt: skip
     return Selection(rows, count, law)
+
+
+def programs(parts: int, rows: int) -> int:
+    """How many go through the parts of each of so many rows: a part each, unless a bound allows for far more parts than
+    there will be, and starting programs for nothing would take the time."""
+    return min(parts, max(1, MOST_PROGRAMS // rows))
 
 
 def entries_of(kv: KV) -> int:

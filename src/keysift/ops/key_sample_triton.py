@@ -30,7 +30,9 @@ SOLVE_WARPS = 8
 RESIDENT = 1188  # programs that take rows at the same time on a large GPU
 MOST_BLOCKS = 8  # blocks of one of them, so that the last do not end late
 TAKE_STAGES = 5
+MOST_TAKING = 65536  # programs that take at all: most of so many have no block, where a bound allows for far more
 CLOSED_UP, CLOSED_TILE = 64, 512  # programs that close up a list at most, and rows of a tile
+MOST_CLOSING = 8192  # that close up all lists, if one for each is not more
 NEWTON = tl.constexpr(40)  # steps in which a draw's factor is found, at most
 
 
@@ -130,6 +132,12 @@ def _solve(
 
 
 @triton.jit
+def _blocks(begin, end):
+    """First block of a view, and one past its last; none if it is empty."""
+    return begin // BLOCK, tl.where(begin < end, tl.cdiv(end, BLOCK), 0)
+
+
+@triton.jit
 def _of_query(state, at, positions, b):
     """What the random numbers of a query's draw continue from."""
     return absorb(absorb(state.to(tl.uint32), at), tl.load(positions + b))
@@ -203,14 +211,14 @@ def _take_from(slots, counts, sums, u, own, inside, to, INDEPENDENT: tl.constexp
     tl.store(sums + to, total)
 
 
-@triton.jit(do_not_specialize=["state"])
+@triton.jit(do_not_specialize=["state", "each"])
 def _take(
     slots, counts, sums, weights, line, log_c, codes, size, positions, state, numbered, start, length, origin, table,
     table_stride, heads, codes_pitch, size_pitch, tokens, blocks, each,
     G: tl.constexpr, G_PAD: tl.constexpr, PER: tl.constexpr, CODE: tl.constexpr, FIELDS: tl.constexpr,
     LISTS: tl.constexpr, INDEPENDENT: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr, PAGES: tl.constexpr,
-    EVEN: tl.constexpr, EACH_PAD: tl.constexpr, HAS_ORIGIN: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr, CHAINED: tl.constexpr,
+    EVEN: tl.constexpr, HAS_ORIGIN: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``each`` blocks of one KV head, ascending, in slots of the block's own: probability and place in it."""
     wait_for_previous(CHAINED)
@@ -221,14 +229,9 @@ def _take(
     place = (b, head, codes_pitch, table, table_stride, tokens)
     of_size = (b, head, size_pitch, table, table_stride, tokens)
     at = (b * heads + head).to(tl.int64)
+    low, high = _blocks(begin, end)
     first = tl.program_id(0) * each
-    last = tl.minimum(first + each, blocks)
-    low, high = tl.maximum(first, begin // BLOCK), tl.minimum(last, tl.cdiv(end, BLOCK))
-    block = first + tl.arange(0, EACH_PAD)
-    idle = (block < last) & ((block < low) | (block >= high))
-    for c in tl.static_range(LISTS):
-        tl.store(counts + (at * LISTS + c) * blocks + block, tl.zeros((EACH_PAD,), tl.int32), mask=idle)
-        tl.store(sums + (at * LISTS + c) * blocks + block, tl.zeros((EACH_PAD,), tl.int32), mask=idle)
+    low, high = tl.maximum(low, first), tl.minimum(high, first + each)
     if low < high:
         query = lines_of_group(weights, line, at * G, G, G_PAD, PER, CODE, FIELDS)
         row, k, g = tl.arange(0, ROWS), tl.arange(0, PER * BYTES), tl.arange(0, G_PAD)
@@ -282,9 +285,12 @@ def _close_up(
     wait_for_previous(CHAINED)
     c, b = tl.program_id(1), tl.program_id(2)
     at = (b * lists + c).to(tl.int64)
+    begin, end = middle(start, length, origin, b, HAS_ORIGIN)
+    low, high = _blocks(begin, end)
     block = tl.arange(0, 1 << HALVINGS)
-    count = tl.load(counts + at * blocks + block, mask=block < blocks, other=0)
-    units = tl.load(sums + at * blocks + block, mask=block < blocks, other=0)
+    seen = (block >= low) & (block < high)
+    count = tl.load(counts + at * blocks + block, mask=seen, other=0)
+    units = tl.load(sums + at * blocks + block, mask=seen, other=0)
     through = tl.cumsum(count, 0)
     taken = tl.sum(count, 0)
     factor, mean = _thinning(units, tl.load(length + b), most_rows, INDEPENDENT)
@@ -430,7 +436,8 @@ def draw(
     positions, place = positions.contiguous(), view(kv)
     page = 0 if kv.table is None else tokens
     run = min(page or BLOCK.value, BLOCK.value)
-    each = min(MOST_BLOCKS, max(1, triton.cdiv(blocks * kv_heads * batch, RESIDENT)))
+    work = blocks * kv_heads * batch
+    each = max(1, min(MOST_BLOCKS, triton.cdiv(work, RESIDENT)), triton.cdiv(work, MOST_TAKING))
     with torch.cuda.device_of(codes):
         _take[(triton.cdiv(blocks, each), kv_heads, batch)](
             *(slots, counts, sums, *of_query, log_c, codes, size, positions, state, numbered, *place),
@@ -442,14 +449,14 @@ def draw(
             RUN=run,
             PAGES=BLOCK.value // run if run >= 64 else 0,
             EVEN=page >= 64 or (not page and tokens % BLOCK.value == 0),
-            EACH_PAD=triton.next_power_of_2(each),
             HAS_ORIGIN=kv.origin is not None,
             STAGES=TAKE_STAGES,
             INTERPRET=triton.knobs.runtime.interpret,
             num_warps=1,
             **chained(codes),
         )
-        _close_up[(min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE)), lists, batch)](
+        closing = min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE), max(1, MOST_CLOSING // (lists * batch)))
+        _close_up[(closing, lists, batch)](
             *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums),
             *(positions, state, numbered, *place[:3], lists, blocks, most_rows),
             HALVINGS=(blocks - 1).bit_length(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keysift.ops import codes_triton, pool
 from keysift.ops.chain_triton import chained, wait_for_previous
-from keysift.ops.codes_triton import INTERPRET, WORDS, either, entries_here, entry_offset
+from keysift.ops.codes_triton import INTERPRET, WORDS, either, entry_offset, parts_of
 from keysift.types import KV, Law, Selection
 
 PAIRS = tl.constexpr(pool.PAIRS)
@@ -122,13 +122,13 @@ def _match(
     pair_of = tl.program_id(1) // groups
     head = tl.program_id(1) % groups * HEADS
     batch, k_head = pair_of // K, pair_of % K
-    low, high, some = entries_here(batch, start, length, origin, ENTRIES, PAGE)
-    if some:
+    low, high, first, stop = parts_of(batch, start, length, origin, ENTRIES, PAGE)
+    for part in range(first, stop, tl.num_programs(0)):
         pieces: tl.constexpr = WORDS // WIDE
         lane = tl.arange(0, ENTRIES * LANES * pieces)  # the pieces of a plane side by side, then words of the pool
         # lanes without an entry or a word of their own read another's, so that loads need no mask
-        entry = tl.minimum(tl.maximum(tl.program_id(0) * ENTRIES + lane // (LANES * pieces), low), high)
-        offset = entry_offset(entry, some, batch, k_head, table, table_stride, strides, PAGE) * WORDS
+        entry = tl.minimum(tl.maximum(part * ENTRIES + lane // (LANES * pieces), low), high)
+        offset = entry_offset(entry, True, batch, k_head, table, table_stride, strides, PAGE) * WORDS
         planes_at = planes + (offset + lane % pieces * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
         of_group = codes + (pair_of * G).to(tl.int64) * POOL
         none = tl.zeros([ENTRIES * LANES * pieces, WIDE], tl.int32)
@@ -151,7 +151,7 @@ def _match(
                 new_twice += (two,)  # type: ignore[assignment]
             once = new_once
             twice = new_twice
-        entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+        entry = part * ENTRIES + tl.arange(0, ENTRIES)
         to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         kept = (entry < entries)[:, None]
         for g in tl.static_range(HEADS):
@@ -174,7 +174,8 @@ def collisions(codes_BHW: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | 
     block = ENTRIES * LANES // lanes  # as many threads in any case
     if parts.numel():
         with torch.cuda.device_of(planes):
-            _match[(-(-entries // block), batch * kv_heads * -(-group // together))](
+            rows = batch * kv_heads * -(-group // together)
+            _match[(codes_triton.programs(-(-entries // block), rows), rows)](
                 *(codes_BHW, planes, parts, kv.table, kv.start, kv.length, kv.origin),
                 *(0 if kv.table is None else kv.table.stride(0), codes_triton.entry_strides(planes), entries),
                 K=kv_heads, G=group, HEADS=together, POOL=words, BITS=bits, MASKS=masks, TABLES=len(masks),
