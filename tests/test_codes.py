@@ -341,7 +341,7 @@ POOLS = [  # of Case.tables words; and K and L
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("programs", [1, 9])
+@pytest.mark.parametrize("programs", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_few_programs_go_through_all_that_a_view_has_and_none_reads_what_no_other_wrote(monkeypatch, programs, pooled):
     """A bound that allows for far more changes nothing."""
     kernels, of_pool = _kernels(), _pool_kernels()

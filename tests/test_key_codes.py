@@ -428,8 +428,9 @@ def test_draws_of_a_batch_are_those_of_each_sequence_wherever_its_rows_lie(devic
         assert out == [{row + shift: w for row, w in found.items()} for found in together[2 * b : 2 * b + 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", [RULES[0], *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])])
+@pytest.mark.parametrize("rule", RULES)
 def test_few_programs_draw_what_many_do_however_much_a_bound_allows_for(monkeypatch, rule, device):
     """... and none reads what no other wrote."""
     x = world(Case(((270, 800), (900, 900)), dim=16, group=2, page=128), device)
@@ -454,6 +455,9 @@ def test_kernels_take_empty_buffers(device):
     out = drawn(x, Quota(keys=9), RULES[0], most_rows=4, side=(codes, size), new=x.kv.start)
     assert torch.equal(codes, x.codes)
     assert not out.selection.count.any() and not out.expected.any()
+    kv = x.kv._replace(start=x.kv.start[:0], length=x.kv.length[:0], spans=())
+    nobody = x._replace(kv=kv, q=x.q[:0], mean=x.mean[:0])
+    assert drawn(nobody, Quota(keys=9), RULES[0], most_rows=4, side=(codes, size)).selection.rows.shape == (0, 1, 4)
 
 
 def many_draws(keys, most_rows, rule, draws=2000, tokens=600):

@@ -19,13 +19,13 @@ from keysift.types import KV, Law, Selection
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 WORDS = tl.constexpr(codes.WORDS)
-ENTRIES = 16  # matched by a program: 4 a warp, whose lanes meet only once, when all tables have been counted
+ENTRIES = 16  # matched by a program at a time: 4 a warp, whose lanes meet only once, when all tables have been counted
 TABLES = 8  # compared at a time: 8 lanes read 128 bytes in a row
 STAGES = 3  # of the pipeline that brings them
 PROGRAMS = 512  # fill a large GPU; where there are fewer they split the tables
 MAX_SPLITS = 8
 MOST_PROGRAMS = 32768  # more than what fits into a large GPU's memory has parts
-WORD_TILE = 512  # words that a program lists
+WORD_TILE = 512  # words that a program lists at a time
 WORDS_BEFORE = 2048  # and of those before them, which it counts, at a time
 GROUPS = 4  # words of 32 tokens that a program hashes together; of fp32 keys, which take twice the room, half as many
 PLANES = 64  # hashed at a time
@@ -194,7 +194,7 @@ def _list(
     parts, rows, count, start, length, origin, entries, width, H: tl.constexpr, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, TILE: tl.constexpr, BEFORE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The rows of the bits that are set in a tile of words, behind those of the words before it."""
+    """The rows of the bits that are set in tiles of words, those of each behind those of the words before it."""
     wait_for_previous(CHAINED)
     bh = tl.program_id(1)
     begin, end, zero = span(bh // H, start, length, origin, True)

@@ -28,7 +28,7 @@ SCORED = 128  # sampled tokens of a program; where there are many programs, twic
 MANY_SCORED = 4096
 SOLVE_WARPS = 8
 RESIDENT = 1188  # programs that take rows at the same time on a large GPU
-MOST_BLOCKS = 8  # blocks of one of them, so that the last do not end late
+MOST_BLOCKS = 8  # blocks of one of them, so that the last do not end late; more if MOST_TAKING says so
 TAKE_STAGES = 5
 MOST_TAKING = 65536  # programs that take at all: most of so many have no block, where a bound allows for far more
 CLOSED_UP, CLOSED_TILE = 64, 512  # programs that close up a list at most, and rows of a tile
@@ -455,7 +455,7 @@ def draw(
             num_warps=1,
             **chained(codes),
         )
-        closing = min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE), max(1, MOST_CLOSING // (lists * batch)))
+        closing = min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE), max(1, MOST_CLOSING // max(1, lists * batch)))
         _close_up[(closing, lists, batch)](
             *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums),
             *(positions, state, numbered, *place[:3], lists, blocks, most_rows),

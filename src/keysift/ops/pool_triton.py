@@ -17,7 +17,7 @@ from keysift.types import KV, Law, Selection
 
 PAIRS = tl.constexpr(pool.PAIRS)
 HEADS = 4  # query heads that a program serves: what it counts for them stays in registers
-ENTRIES = 4  # of 128 tokens, that a program matches where it has so many lanes
+ENTRIES = 4  # of 128 tokens, that a program matches at a time where it has so many lanes
 LANES = 16  # words of the pool that are matched at a time, each by other threads, at most
 FEW = 4  # of them that still read 64 bytes in a row
 WIDE = 2  # words of tokens that a thread takes at a time, 1, 2 or 4: registers against how often signs are spread
