@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keysift.ops import codes
 from keysift.ops.chain_triton import chained, wait_for_previous
-from keysift.ops.paging_triton import row_offsets
+from keysift.ops.paging_triton import programs, row_offsets
 from keysift.types import KV, Law, Selection
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -108,9 +108,23 @@ def _ones(word):
 
 
 @triton.jit
-def either(once_a, twice_a, once_b, twice_b):
+def _either(once_a, twice_a, once_b, twice_b):
     """At least once and at least twice in two sets of tables together."""
     return once_a | once_b, twice_a | twice_b | (once_a & once_b)
+
+
+@triton.jit
+def over_lanes(once, twice, ENTRIES: tl.constexpr, LANES: tl.constexpr):
+    """At least once and at least twice in the tables of all lanes of an entry."""
+    once = tl.reshape(once, [ENTRIES, LANES, WORDS])
+    return tl.reduce((once, tl.reshape(twice, [ENTRIES, LANES, WORDS])), 1, _either)
+
+
+@triton.jit
+def words_of(part, entries, ENTRIES: tl.constexpr):
+    """Words of the entries of a part, and which of these entries there are."""
+    entry = part * ENTRIES + tl.arange(0, ENTRIES)
+    return entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :], (entry < entries)[:, None]
 
 
 # ---- matching -------------------------------------------------------------------------------------------------------
@@ -127,18 +141,18 @@ def _match(
     b, k_head = tl.program_id(1) // K, tl.program_id(1) % K
     split = tl.program_id(2)
     low, high, first, stop = parts_of(b, start, length, origin, ENTRIES, PAGE)
+    lane = tl.arange(0, ENTRIES * TABLES)  # tables of an entry side by side
+    none = tl.zeros([ENTRIES * TABLES, WORDS], tl.int32)
+    chunks: tl.constexpr = (L + TABLES - 1) // TABLES
+    per: tl.constexpr = (chunks + SPLITS - 1) // SPLITS
     for part in range(first, stop, tl.num_programs(0)):
-        lane = tl.arange(0, ENTRIES * TABLES)  # tables of an entry side by side
         # lanes without an entry or a table of their own read another's, so that loads need no mask
         entry = tl.minimum(tl.maximum(part * ENTRIES + lane // TABLES, low), high)
         offset = entry_offset(entry, True, b, k_head, table, table_stride, strides, PAGE) * WORDS
         planes_at = planes + offset[:, None] + tl.arange(0, WORDS)[None, :]
         of_group = codes + (tl.program_id(1) * G).to(tl.int64) * L
-        none = tl.zeros([ENTRIES * TABLES, WORDS], tl.int32)
         once = (none,) * G
         twice = (none,) * G
-        chunks: tl.constexpr = (L + TABLES - 1) // TABLES
-        per: tl.constexpr = (chunks + SPLITS - 1) // SPLITS
         for chunk in tl.range(split * per, tl.minimum((split + 1) * per, chunks), num_stages=STAGES):
             at = (chunk * TABLES + lane % TABLES)[:, None]
             no_table = tl.where(at < L, 0, -1)
@@ -157,12 +171,9 @@ def _match(
                 new_once += (once[g] | ~differs,)  # type: ignore[assignment]
             once = new_once
             twice = new_twice
-        entry = part * ENTRIES + tl.arange(0, ENTRIES)
-        to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        kept = (entry < entries)[:, None]
+        to, kept = words_of(part, entries, ENTRIES)
         for g in tl.static_range(G):
-            one = tl.reshape(once[g], [ENTRIES, TABLES, WORDS])
-            one, two = tl.reduce((one, tl.reshape(twice[g], [ENTRIES, TABLES, WORDS])), 1, either)
+            one, two = over_lanes(once[g], twice[g], ENTRIES, TABLES)
             row = (tl.program_id(1) * G + g).to(tl.int64) * SPLITS + split
             if SPLITS > 1:
                 tl.store(parts + 2 * row * entries * WORDS + to, one, mask=kept)
@@ -181,7 +192,7 @@ def _collided(parts, bh, at, seen, begin, end, entries, PAGE: tl.constexpr, SPLI
             row = (bh.to(tl.int64) * SPLITS + split) * 2 * entries * WORDS
             one = tl.load(parts + row + at, mask=seen, other=0)
             two = tl.load(parts + row + entries * WORDS + at, mask=seen, other=0)
-            once, twice = either(once, twice, one, two)
+            once, twice = _either(once, twice, one, two)
         else:
             twice = tl.load(parts + bh.to(tl.int64) * entries * WORDS + at, mask=seen, other=0)
     token, stop = _tokens_of(at // WORDS, 32 * WORDS, PAGE)
@@ -236,7 +247,7 @@ def collisions(codes_BHL: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | 
     parts = torch.empty(rows, entries * codes.WORDS, dtype=torch.int32, device=planes.device)
     if parts.numel():
         with torch.cuda.device_of(planes):
-            _match[(programs(blocks, batch * kv_heads * splits), batch * kv_heads, splits)](
+            _match[(programs(blocks, batch * kv_heads * splits, MOST_PROGRAMS), batch * kv_heads, splits)](
                 *(codes_BHL, planes, parts, kv.table, kv.start, kv.length, kv.origin),
                 *(0 if kv.table is None else kv.table.stride(0), entry_strides(planes), entries),
                 K=kv_heads, G=heads // kv_heads, L=tables, BITS=bits, ENTRIES=ENTRIES, TABLES=TABLES,
@@ -253,18 +264,12 @@ def listed(parts: Tensor, kv: KV, batch: int, heads: int, splits: int, law: Law 
         return Selection(rows, torch.zeros(batch, heads, dtype=torch.int32, device=device), law)
     count = torch.empty(batch, heads, dtype=torch.int32, device=device)
     with torch.cuda.device_of(parts):
-        _list[(programs(-(-parts.shape[1] // WORD_TILE), batch * heads), batch * heads)](
+        _list[(programs(-(-parts.shape[1] // WORD_TILE), batch * heads, MOST_PROGRAMS), batch * heads)](
             *(parts, rows, count, kv.start, kv.length, kv.origin, parts.shape[1] // codes.WORDS, kv.bound),
             H=heads, PAGE=page_of(kv), SPLITS=splits, TILE=WORD_TILE, BEFORE=WORDS_BEFORE, num_warps=4,
             **chained(parts),
         )  # fmt: skip
     return Selection(rows, count, law)
-
-
-def programs(parts: int, rows: int) -> int:
-    """How many go through the parts of each of so many rows: a part each, unless a bound allows for far more parts than
-    there will be, and starting programs for nothing would take the time."""
-    return min(parts, max(1, MOST_PROGRAMS // rows))
 
 
 def entries_of(kv: KV) -> int:

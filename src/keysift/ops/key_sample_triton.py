@@ -16,6 +16,7 @@ from keysift.ops.chain_triton import chained, wait_for_previous
 from keysift.ops.key_codes import Draw, Probe, pitch_of
 from keysift.ops.key_codes_triton import entries, lines_of_group, middle, probe, scores, shapes, view
 from keysift.ops.pages import Quota
+from keysift.ops.paging_triton import programs
 from keysift.ops.random_triton import absorb
 from keysift.types import KV, Selection
 
@@ -455,8 +456,8 @@ def draw(
             num_warps=1,
             **chained(codes),
         )
-        closing = min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE), max(1, MOST_CLOSING // max(1, lists * batch)))
-        _close_up[(closing, lists, batch)](
+        tiles = min(CLOSED_UP, triton.cdiv(most_rows, CLOSED_TILE))
+        _close_up[(programs(tiles, lists * batch, MOST_CLOSING), lists, batch)](
             *(rows, log_w, found, expected, overflow.view(torch.uint8), slots, counts, sums),
             *(positions, state, numbered, *place[:3], lists, blocks, most_rows),
             HALVINGS=(blocks - 1).bit_length(),

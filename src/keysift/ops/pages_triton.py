@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keysift.ops.chain_triton import chained, wait_for_previous
 from keysift.ops.pages import LSE_PAGES, Quota, page_count, touched
-from keysift.ops.paging_triton import row_offsets
+from keysift.ops.paging_triton import programs, row_offsets
 from keysift.ops.select_triton import HELD_TILE, LOG2E, cut, keys_of, tile_of, write_chosen
 from keysift.types import KV, Selection
 
@@ -60,7 +60,7 @@ def scores(q_BHD: Tensor, bounds: Tensor, kv: KV, unit: int, scale: float) -> tu
     q = q_BHD if q_BHD.stride(2) == 1 else q_BHD.contiguous()
     wide = triton.knobs.runtime.interpret or q.dtype != bounds.dtype
     with torch.cuda.device_of(bounds):
-        _score[(min(parts, max(1, SCORE_PROGRAMS // (batch * kv_heads))), batch * kv_heads)](
+        _score[(programs(parts, batch * kv_heads, SCORE_PROGRAMS), batch * kv_heads)](
             *(q, bounds, score, lse, *_view(kv)),
             *(kv_heads, parts, scale),
             *(*q.stride()[:2], *bounds.stride()[:4]),

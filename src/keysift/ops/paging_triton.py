@@ -1,10 +1,16 @@
-"""Where the rows of a KV view lie, inside Triton kernels."""
+"""Where the rows of a KV view lie, inside Triton kernels, and how many programs go through what a bound allows for."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+
+def programs(parts: int, rows: int, enough: int) -> int:
+    """How many programs go through the parts of each of so many rows: a part each, unless a bound allows for far more
+    parts than there will be. Then ``enough`` for all rows are started, as starting more for nothing takes time."""
+    return min(parts, max(1, enough // max(1, rows)))
 
 
 @triton.jit

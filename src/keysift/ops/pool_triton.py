@@ -12,7 +12,8 @@ from torch import Tensor
 
 from keysift.ops import codes_triton, pool
 from keysift.ops.chain_triton import chained, wait_for_previous
-from keysift.ops.codes_triton import INTERPRET, WORDS, either, entry_offset, parts_of
+from keysift.ops.codes_triton import INTERPRET, WORDS, entry_offset, over_lanes, parts_of, words_of
+from keysift.ops.paging_triton import programs
 from keysift.types import KV, Law, Selection
 
 PAIRS = tl.constexpr(pool.PAIRS)
@@ -123,15 +124,15 @@ def _match(
     head = tl.program_id(1) % groups * HEADS
     batch, k_head = pair_of // K, pair_of % K
     low, high, first, stop = parts_of(batch, start, length, origin, ENTRIES, PAGE)
+    pieces: tl.constexpr = WORDS // WIDE
+    lane = tl.arange(0, ENTRIES * LANES * pieces)  # the pieces of a plane side by side, then words of the pool
+    none = tl.zeros([ENTRIES * LANES * pieces, WIDE], tl.int32)
     for part in range(first, stop, tl.num_programs(0)):
-        pieces: tl.constexpr = WORDS // WIDE
-        lane = tl.arange(0, ENTRIES * LANES * pieces)  # the pieces of a plane side by side, then words of the pool
         # lanes without an entry or a word of their own read another's, so that loads need no mask
         entry = tl.minimum(tl.maximum(part * ENTRIES + lane // (LANES * pieces), low), high)
         offset = entry_offset(entry, True, batch, k_head, table, table_stride, strides, PAGE) * WORDS
         planes_at = planes + (offset + lane % pieces * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
         of_group = codes + (pair_of * G).to(tl.int64) * POOL
-        none = tl.zeros([ENTRIES * LANES * pieces, WIDE], tl.int32)
         once = (none,) * HEADS
         twice = (none,) * HEADS
         for turn in tl.range(0, (POOL + LANES - 1) // LANES):
@@ -151,12 +152,9 @@ def _match(
                 new_twice += (two,)  # type: ignore[assignment]
             once = new_once
             twice = new_twice
-        entry = part * ENTRIES + tl.arange(0, ENTRIES)
-        to = entry[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        kept = (entry < entries)[:, None]
+        to, kept = words_of(part, entries, ENTRIES)
         for g in tl.static_range(HEADS):
-            one = tl.reshape(once[g], [ENTRIES, LANES, WORDS])
-            one, two = tl.reduce((one, tl.reshape(twice[g], [ENTRIES, LANES, WORDS])), 1, either)
+            _, two = over_lanes(once[g], twice[g], ENTRIES, LANES)
             row = (pair_of * G + head + g).to(tl.int64)
             tl.store(parts + row * entries * WORDS + to, two, mask=kept & (head + g < G))
 
@@ -175,7 +173,7 @@ def collisions(codes_BHW: Tensor, planes: Tensor, kv: KV, bits: int, law: Law | 
     if parts.numel():
         with torch.cuda.device_of(planes):
             rows = batch * kv_heads * -(-group // together)
-            _match[(codes_triton.programs(-(-entries // block), rows), rows)](
+            _match[(programs(-(-entries // block), rows, codes_triton.MOST_PROGRAMS), rows)](
                 *(codes_BHW, planes, parts, kv.table, kv.start, kv.length, kv.origin),
                 *(0 if kv.table is None else kv.table.stride(0), codes_triton.entry_strides(planes), entries),
                 K=kv_heads, G=group, HEADS=together, POOL=words, BITS=bits, MASKS=masks, TABLES=len(masks),

@@ -136,9 +136,8 @@ class Builder(vllm.Builder):  # type: ignore[name-defined]
         """Compile kernels, the first time that it is called: when there is a cache, and nobody waits."""
         if not self._is_warm:
             self._is_warm = True
-            if table is None:
-                columns = -(-self.longest // self.batches.layout.page)
-                table = torch.zeros(1, columns, dtype=torch.int32, device=self.device)
+            if table is None:  # none is known: what sequences need is the layout
+                table = torch.empty(1, 0, dtype=torch.int32, device=self.device)
             warm_up(self._kinds(), self.batches, self.longest, self.most_tokens, table)
 
     def _kinds(self) -> Layers:
